@@ -1,0 +1,1 @@
+"""Bundles on disk: the manifest, its files and their digests."""

@@ -1,0 +1,222 @@
+"""The manifest of a bundle: what the graphs are, where they came from, and how slices must be prepared for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dendsam_deploy.errors import BundleError
+
+SCHEMA_VERSION = 1
+"""Version of the manifest that this program writes and reads."""
+
+Role = Literal["detector", "encoder", "decoder"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, numpy dtype name and shape of a graph's input or output; a string names a free axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """A file of the bundle (path relative to it) or a source checkpoint (bare name), with its SHA-256 and size in bytes."""
+
+    file: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that the graphs were exported from; `kind` is its architecture, such as ``vit_b`` or ``yolo``."""
+
+    role: Literal["sam", "detector"]
+    kind: str
+    checkpoint: FileDigest
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSpec:
+    """One ONNX file: its part in the chain, its precision, its tensors and the files that it consists of.
+
+    `files[0]` is the graph itself; further entries are external weight data.
+    """
+
+    role: Role
+    precision: Precision
+    opset: int
+    files: tuple[FileDigest, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How a slice becomes tiles.
+
+    Parameters
+    ----------
+    normalisation : str
+        ``minmax_uint8``: slices that are not uint8 are stretched from their own minimum and maximum to 0..255 and truncated.
+    tile_size_px : int
+        Side S of the model's square input.
+    overlap_px : int
+        Least overlap of neighbouring tiles, model px.
+    model_pixel_size_nm : float or None
+        Size of a model pixel in training, where it is known.
+    zoom : float or None
+        Model px per slice px in training; used where a pixel size is unknown. None: see `geometry.choose_zoom`.
+    """
+
+    normalisation: Literal["minmax_uint8"]
+    tile_size_px: int
+    overlap_px: int
+    model_pixel_size_nm: float | None
+    zoom: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """Which regions the box decoder evaluates.
+
+    Parameters
+    ----------
+    region_sizes : tuple of int
+        Sides on offer in embedding cells, ascending; the last one is S/16, the whole grid.
+    margin_fraction : float
+        Margin around a box on each side, as a fraction of its longer side.
+    margin_px : float
+        Margin added to that, tile px.
+    """
+
+    region_sizes: tuple[int, ...]
+    margin_fraction: float
+    margin_px: float
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """Defaults of `segment` for this bundle.
+
+    Parameters
+    ----------
+    detection_score : float
+        Least detection score of a box.
+    nms_iou : float
+        Largest IoU of two boxes of one slice.
+    mask_logit : float
+        Logit above which a pixel is foreground.
+    min_area_px : int
+        Least area of an object in one slice, model px.
+    """
+
+    detection_score: float
+    nms_iou: float
+    mask_logit: float
+    min_area_px: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything that a program needs to know about a bundle before it opens a graph."""
+
+    schema_version: int
+    name: str
+    created_utc: str
+    licence: str
+    model_type: str
+    sources: tuple[Source, ...]
+    graphs: tuple[GraphSpec, ...]
+    preprocessing: Preprocessing
+    decoding: Decoding
+    thresholds: Thresholds
+    producers: dict[str, str]
+    extra_files: tuple[FileDigest, ...]
+
+    def graph(self, role: Role, precision: Precision) -> GraphSpec | None:
+        """Return the graph of a role at a precision, or None where the bundle has none."""
+        return next((g for g in self.graphs if g.role == role and g.precision == precision), None)
+
+    def to_json(self) -> str:
+        """Return the manifest as indented JSON with a stable order of keys."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Manifest:
+        """Read a manifest and check every key, type and version.
+
+        Raises
+        ------
+        BundleError
+            Names `source`, the offending key, what was found and what was expected.
+        """
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BundleError(f"{source}: not JSON ({error}); export the bundle again") from error
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        if version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{source}: schema version {version!r}, this program reads {SCHEMA_VERSION}; "
+                "export the bundle again or use the version of dendsam-deploy that wrote it"
+            )
+        return typing.cast("Manifest", _record_from_json(cls, document, source, "manifest"))
+
+
+def _record_from_json(kind: type[Any], value: object, source: str, where: str) -> object:
+    """Build a dataclass from a JSON object; unknown and missing keys are errors."""
+    if not isinstance(value, dict):
+        raise BundleError(f"{source}: {where} is {type(value).__name__}, expected an object")
+    fields = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(value.keys() - fields):
+        raise BundleError(f"{source}: {where} has the unknown key {unknown[0]!r}; known are {sorted(fields)}")
+    if missing := sorted(fields - value.keys()):
+        raise BundleError(f"{source}: {where} lacks the key {missing[0]!r}")
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _value_from_json(hints[name], value[name], source, f"{where}.{name}") for name in fields})
+
+
+def _value_from_json(hint: Any, value: object, source: str, where: str) -> object:
+    """Convert one JSON value to the annotated type, or say what is wrong with it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _record_from_json(typing.cast("type[Any]", hint), value, source, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value_from_json(arguments[0], item, source, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _value_from_json(arguments[1], item, source, f"{where}.{key}") for key, item in value.items()}
+    if origin is Literal and value in arguments:
+        return value
+    if origin is types.UnionType:
+        for option in arguments:
+            if (option is type(None) and value is None) or (option is not type(None) and _is_plain(option, value)):
+                return value if option is not float else float(typing.cast("float", value))
+    elif isinstance(hint, type) and _is_plain(hint, value):
+        return float(typing.cast("float", value)) if hint is float else value
+    raise BundleError(f"{source}: {where} is {value!r}, expected {_describe(hint)}")
+
+
+def _is_plain(kind: Any, value: object) -> bool:
+    """Tell whether a JSON value is a finite number, string or boolean of the given Python type."""
+    if isinstance(value, bool) or not isinstance(kind, type):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return kind in (int, str) and isinstance(value, kind)
+
+
+def _describe(hint: Any) -> str:
+    """Name a type the way a person would write it."""
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

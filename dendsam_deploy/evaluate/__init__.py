@@ -1,0 +1,1 @@
+"""Judges: parity of graphs, scores of label volumes."""

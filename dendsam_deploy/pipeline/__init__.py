@@ -1,0 +1,1 @@
+"""The detect-then-segment loop over a volume."""

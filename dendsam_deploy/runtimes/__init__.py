@@ -1,0 +1,1 @@
+"""Engines that execute the graphs of a bundle."""

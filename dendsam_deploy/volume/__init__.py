@@ -1,0 +1,1 @@
+"""Volumes on disk, read and written slice by slice."""
