@@ -1,0 +1,104 @@
+"""Objects, held-out blocks and zoom from labels."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from dendsam_deploy.errors import InvalidArgumentError
+from dendsam_deploy.training.boxes import boxes_from_labels, label_components, plan_zoom, split_blocks
+
+
+def flood_components(labels: np.ndarray) -> list[tuple[int, frozenset[tuple[int, int]]]]:
+    """Brute-force oracle: flood fill over the eight neighbours, as (label, pixels)."""
+    seen: set[tuple[int, int]] = set()
+    found = []
+    for start in zip(*np.nonzero(labels), strict=True):
+        if start in seen:
+            continue
+        stack, pixels = [start], set()
+        while stack:
+            y, x = stack.pop()
+            inside = 0 <= y < labels.shape[0] and 0 <= x < labels.shape[1]
+            if (y, x) in pixels or not inside or labels[y, x] != labels[start]:
+                continue
+            pixels.add((y, x))
+            stack += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        seen |= pixels
+        found.append((int(labels[start]), frozenset((int(y), int(x)) for y, x in pixels)))
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    hnp.arrays(
+        np.uint32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=7), elements=st.sampled_from([0, 1, 7, 2**32 - 1])
+    )
+)
+def test_components_and_boxes_equal_a_flood_fill(labels):
+    components, ids = label_components(labels)
+    boxes = boxes_from_labels(labels)
+    expected = flood_components(labels)
+    pieces = [
+        (int(ids[i]), frozenset((int(y), int(x)) for y, x in zip(*np.nonzero(components == i + 1), strict=True)))
+        for i in range(len(ids))
+    ]
+    assert sorted(pieces, key=str) == sorted(expected, key=str)
+    assert (components == 0).sum() == (labels == 0).sum()
+    for (label, pixels), box, name, area in zip(pieces, boxes.boxes_xyxy, boxes.ids, boxes.areas_px, strict=True):
+        ys, xs = zip(*pixels, strict=True)
+        assert box.tolist() == [min(xs), min(ys), max(xs) + 1, max(ys) + 1]
+        assert (int(name), int(area)) == (label, len(pixels))
+
+
+def test_small_pieces_are_left_out_of_boxes():
+    labels = np.zeros((6, 6), np.uint32)
+    labels[0:2, 0:3] = 4
+    labels[5, 5] = 4
+    assert boxes_from_labels(labels, min_area_px=2).boxes_xyxy.tolist() == [[0, 0, 3, 2]]
+
+
+def test_an_empty_slice_has_no_boxes():
+    assert boxes_from_labels(np.zeros((3, 4), np.uint32)).boxes_xyxy.shape == (0, 4)
+
+
+def test_split_holds_out_the_last_block_behind_a_gap():
+    assert split_blocks(20, 0.2, 1) == (range(15), range(16, 20))
+    assert split_blocks(167, 0.2, 1, (0, 137)) == (range(109), range(110, 137))
+
+
+def test_split_of_few_slices_keeps_one_to_train_on():
+    assert split_blocks(2, 0.5, 3) == (range(1), range(1, 2))
+    assert split_blocks(1, 0.5, 3) == (range(1), range(1, 1))
+    assert split_blocks(5, 0.0, 3) == (range(5), range(5, 5))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.floats(0, 0.99), st.integers(0, 9))
+def test_split_blocks_are_disjoint_and_apart(depth, fraction, gap):
+    train, held_out = split_blocks(depth, fraction, gap)
+    assert len(train) >= 1
+    assert train.start == 0
+    assert held_out.stop == depth
+    assert 0 <= held_out.start - train.stop <= gap
+
+
+@pytest.mark.parametrize(
+    "bad", [((5, 0.2, 1, (3, 3))), ((5, 0.2, 1, (0, 6))), ((5, 1.0, 1, None)), ((5, 0.2, -1, None))]
+)
+def test_split_refuses_impossible_wishes(bad):
+    with pytest.raises(InvalidArgumentError):
+        split_blocks(*bad)
+
+
+@pytest.mark.parametrize(
+    ("side_px", "zoom"), [(48, 1.0), (24, 2.0), (34, 2**0.5), (96, 0.5), (50, 1.0), (41, 1.0), (40, 2**0.5), (12, 4.0)]
+)
+def test_zoom_brings_the_median_object_near_48_px(side_px, zoom):
+    assert plan_zoom(np.array([1, side_px**2, 10**6])) == pytest.approx(zoom)
+
+
+def test_no_object_no_zoom():
+    with pytest.raises(InvalidArgumentError, match="no labelled object"):
+        plan_zoom(np.zeros(0, np.int64))
