@@ -119,7 +119,7 @@ class BoxDecoderGraph(nn.Module):
         decoder = self.mask_decoder
         count = decoder.num_mask_tokens
         output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        tokens = torch.cat([output_tokens.expand(len(prompt_tokens), -1, -1), prompt_tokens], dim=1)
+        tokens = torch.cat([output_tokens.expand(prompt_tokens.shape[0], -1, -1), prompt_tokens], dim=1)
         image = embeddings.flatten(2).transpose(1, 2) + self.prompt_encoder.no_mask_embed.weight
 
         queries, keys = self._first_layer(tokens, image, tile_index)
