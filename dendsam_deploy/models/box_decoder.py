@@ -212,6 +212,15 @@ def _per_head(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, -1, weight.shape[1])
 
 
+def _head_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply each head of ``(n, h, t, d)`` by its own matrix of ``(h, d, e)``: ``(n, h, t, e)``.
+
+    Equals ``x @ weight``. The prompts become rows of one product per head because onnxruntime cannot broadcast over n = 0.
+    """
+    rows = x.transpose(0, 1).flatten(1, 2)
+    return (rows @ weight).unflatten(1, (-1, x.shape[2])).transpose(0, 1)
+
+
 def _few_queries(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend from few tokens ``(n, t, C)`` to many ``(n, p, C)`` without projecting the many.
 
@@ -219,10 +228,10 @@ def _few_queries(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor
     """
     heads = attention.num_heads
     q = _heads(attention.q_proj(query), heads)
-    folded = (q @ _per_head(attention.k_proj.weight, heads)).flatten(1, 2)
+    folded = _head_product(q, _per_head(attention.k_proj.weight, heads)).flatten(1, 2)
     scores = folded @ key.transpose(1, 2) / math.sqrt(q.shape[-1])
     mixed = (scores.softmax(dim=-1) @ value).unflatten(1, (heads, -1))
-    projected = mixed @ _per_head(attention.v_proj.weight, heads).transpose(1, 2)
+    projected = _head_product(mixed, _per_head(attention.v_proj.weight, heads).transpose(1, 2))
     return attention.out_proj(projected.transpose(1, 2).flatten(2) + attention.v_proj.bias)
 
 
@@ -233,8 +242,8 @@ def _few_keys(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor) -
     """
     heads = attention.num_heads
     k = _heads(attention.k_proj(key), heads)
-    folded = (k @ _per_head(attention.q_proj.weight, heads)).flatten(1, 2)
-    bias = (k @ attention.q_proj.bias.reshape(heads, -1, 1)).flatten(1)
+    folded = _head_product(k, _per_head(attention.q_proj.weight, heads)).flatten(1, 2)
+    bias = _head_product(k, attention.q_proj.bias.reshape(heads, -1, 1)).flatten(1)
     scores = (query @ folded.transpose(1, 2) + bias[:, None]) / math.sqrt(k.shape[-1])
     weights = scores.unflatten(2, (heads, -1)).softmax(dim=-1).flatten(2)
     return weights @ _folded_values(attention, value) + attention.out_proj.bias
@@ -245,7 +254,7 @@ def _folded_values(attention: nn.Module, value: Tensor) -> Tensor:
     heads = attention.num_heads
     projected = _heads(attention.v_proj(value), heads)
     out = _per_head(attention.out_proj.weight.transpose(0, 1), heads)
-    return (projected @ out).flatten(1, 2)
+    return _head_product(projected, out).flatten(1, 2)
 
 
 def _subcells(x: Tensor, convolution: nn.ConvTranspose2d) -> Tensor:
