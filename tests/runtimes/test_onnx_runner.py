@@ -1,0 +1,122 @@
+"""ONNX Runtime behind the runner's seam: results, refusals, and no foreign exception."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from dendsam_deploy.bundle.manifest import FileDigest, GraphSpec, TensorSpec
+from dendsam_deploy.errors import BundleError, InvalidArgumentError, MissingCapabilityError
+from dendsam_deploy.runtimes import portable
+from dendsam_deploy.runtimes.portable import OnnxRunner, RunnerOptions, canonical_device
+
+SPEC = GraphSpec(
+    role="encoder",
+    precision="fp32",
+    opset=17,
+    files=(FileDigest("graph.onnx", "", 0),),
+    inputs=(TensorSpec("tiles", "uint8", ("b", 2, 3)),),
+    outputs=(TensorSpec("sums", "float32", ("b",)),),
+)
+
+
+@pytest.fixture
+def graph_file(tmp_path: Path) -> Path:
+    """A graph that sums the pixels of each tile."""
+    nodes = [
+        helper.make_node("Cast", ["tiles"], ["real"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["real", "axes"], ["sums"], keepdims=0),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "sum",
+        [helper.make_tensor_value_info("tiles", TensorProto.UINT8, ["b", 2, 3])],
+        [helper.make_tensor_value_info("sums", TensorProto.FLOAT, ["b"])],
+        [helper.make_tensor("axes", TensorProto.INT64, [2], [1, 2])],
+    )
+    path = tmp_path / "graph.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
+    return path
+
+
+def test_runs_a_graph_with_a_free_batch_axis(graph_file: Path):
+    tiles = np.arange(24, dtype=np.uint8).reshape(4, 2, 3)
+    with OnnxRunner(graph_file, SPEC, RunnerOptions(threads=1)) as runner:
+        for batch in (tiles, tiles[:1], tiles[:0]):
+            np.testing.assert_array_equal(runner.run({"tiles": batch})["sums"], batch.sum(axis=(1, 2)))
+        assert (runner.engine, runner.device, runner.borrows_outputs) == ("onnxruntime", "cpu", False)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [{}, {"tiles": np.zeros((1, 2, 3), np.float32)}, {"tiles": np.zeros((1, 2, 4), np.uint8)}, {"other": np.zeros(1)}],
+    ids=["missing", "dtype", "shape", "name"],
+)
+def test_wrong_inputs_are_refused_in_one_line(graph_file: Path, inputs: dict[str, np.ndarray]):
+    refused = pytest.raises(InvalidArgumentError, match=r"graph\.onnx")
+    with OnnxRunner(graph_file, SPEC, RunnerOptions(threads=1)) as runner, refused as caught:
+        runner.run(inputs)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_closed_runner_says_so(graph_file: Path):
+    runner = OnnxRunner(graph_file, SPEC, RunnerOptions())
+    with pytest.raises(InvalidArgumentError, match="not open"):
+        runner.run({"tiles": np.zeros((1, 2, 3), np.uint8)})
+
+
+@pytest.mark.parametrize("content", [None, b"", b"text", b"\x08\x0a" * 40], ids=["absent", "empty", "text", "noise"])
+def test_a_file_that_is_no_graph_is_a_bundle_error(tmp_path: Path, content: bytes | None):
+    path = tmp_path / "broken.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"broken\.onnx.*export the bundle again"):
+        OnnxRunner(path, SPEC, RunnerOptions()).__enter__()
+
+
+def test_an_unknown_operator_is_a_bundle_error(graph_file: Path):
+    model = onnx.load(graph_file)
+    model.graph.node[0].op_type = "Levitate"
+    onnx.save(model, graph_file)
+    with pytest.raises(BundleError, match="Levitate"):
+        OnnxRunner(graph_file, SPEC, RunnerOptions()).__enter__()
+
+
+def test_a_failure_while_running_names_the_device(graph_file: Path):
+    """A Reshape to an impossible size passes loading and fails on the first real input."""
+    shape = helper.make_tensor("shape", TensorProto.INT64, [1], [5])
+    model = onnx.load(graph_file)
+    del model.graph.node[1:]
+    model.graph.initializer.append(shape)
+    model.graph.node.append(helper.make_node("Reshape", ["real", "shape"], ["sums"]))
+    onnx.save(model, graph_file)
+    refused = pytest.raises(MissingCapabilityError, match="failed on cpu")
+    with OnnxRunner(graph_file, SPEC, RunnerOptions()) as runner, refused:
+        runner.run({"tiles": np.zeros((1, 2, 3), np.uint8)})
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CPU", "tpu:0", ""])
+def test_an_unknown_device_is_a_wrong_argument(device: str):
+    with pytest.raises(InvalidArgumentError, match="choose cpu, cuda or cuda:N"):
+        canonical_device(device)
+
+
+def test_cuda_is_refused_where_no_provider_is_installed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(portable.onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(MissingCapabilityError, match="no CUDA provider"):
+        canonical_device("cuda")
+
+
+def test_cuda_gets_a_number_where_the_provider_is_installed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(portable.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert [canonical_device(name) for name in ("cuda", "cuda:3")] == ["cuda:0", "cuda:3"]
+
+
+def test_a_provider_that_vanishes_silently_is_refused(graph_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """ONNX Runtime drops a provider whose libraries do not load and goes on with the CPU; here it always does."""
+    monkeypatch.setattr(portable.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(portable, "_providers", lambda device: ["CPUExecutionProvider"])
+    with pytest.raises(MissingCapabilityError, match="did not load"):
+        OnnxRunner(graph_file, SPEC, RunnerOptions(device="cuda")).__enter__()
