@@ -140,7 +140,8 @@ def make_phantom(options: PhantomOptions | None = None) -> Phantom:
     cells, labels = _fill(parts, packing, warp, dense=options.dense, depth=depth)
     first_cell = 1 + max((part.owner for part in parts), default=0)
     kinds = np.concatenate([np.full(first_cell, DENDRITE, np.uint8), packing.kinds])
-    mitochondria = sample_mitochondria(organelle_rng, parts, depth)
+    hosts = parts + packing.parts(first_cell) if options.dense else parts
+    mitochondria = sample_mitochondria(organelle_rng, hosts, depth)
     style = _sample_style(style_rng, options)
     raw = np.empty(options.shape_zyx, np.uint8)
     for z in range(depth):

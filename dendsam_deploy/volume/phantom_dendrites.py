@@ -157,7 +157,8 @@ def _grow_one(
         gap = radius + float(beside.half_axes.max(axis=0).mean())
         start = beside.centre_yx[depth // 2] + gap * np.array([np.sin(direction), np.cos(direction)])
     if not first and rng.random() < 0.2:
-        return [_flat_tube(rng, (np.arange(depth) - rng.uniform(0, depth)) * z_step_px, owner, start, radius)]
+        height_px: Floats = (np.arange(depth, dtype=np.float64) - rng.uniform(0, depth)) * z_step_px
+        return [_flat_tube(rng, height_px, owner, start, radius)]
     trunk = _upright_tube(rng, depth, owner, start, radius)
     parts = [trunk]
     if first or (radius > 9 and rng.random() < 0.35):
@@ -186,7 +187,7 @@ def _upright_tube(rng: np.random.Generator, depth: int, owner: int, start: Float
 def _flat_tube(rng: np.random.Generator, height_px: Floats, owner: int, start: Floats, radius: float) -> Part:
     """Return a long tube that lies nearly in the plane of the slices and is cut at heights (Z,) from its axis."""
     radius = min(radius, 22.0)
-    across = np.sqrt(np.clip(radius**2 - height_px**2, 0, None))
+    across: Floats = np.sqrt(np.clip(radius**2 - height_px**2, 0, None))
     across[across < 4] = 0
     along = rng.uniform(3, 8) * radius * (across > 0)
     centre = start + np.outer(height_px, rng.normal(0, 0.3, 2))

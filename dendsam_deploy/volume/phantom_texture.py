@@ -101,7 +101,8 @@ def render_slice(tissue: Tissue, style: TextureStyle, rng: np.random.Generator) 
     image = ndimage.gaussian_filter(image, style.blur_px) * style.contrast
     image += style.brightness + rng.normal(0, 3) + style.illumination * smooth_noise(rng, shape, 150)
     image += style.noise * rng.standard_normal(shape)
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    grey: NDArray[np.uint8] = np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    return grey
 
 
 def _depth_in_cell(cells: NDArray[np.uint32]) -> Floats:

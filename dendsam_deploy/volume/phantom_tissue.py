@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import ndimage
 
+from dendsam_deploy.volume.phantom_dendrites import Part
 from dendsam_deploy.volume.phantom_noise import Floats, blend_knots, knot_shape, smooth_noise
 
 if TYPE_CHECKING:
@@ -108,6 +109,18 @@ class Packing:
         there = np.clip(np.rint(material_yx + _MARGIN_PX), 0, limit[:, None, None]).astype(np.intp)
         cells: NDArray[np.uint32] = region[there[0], there[1]]
         return cells
+
+    def parts(self, first_owner: int) -> list[Part]:
+        """Return the room around each site, as round parts that belong to its cell, for organelles to lie in."""
+        middle = self.site_yx[len(self.site_yx) // 2]
+        found = []
+        for site, yx in enumerate(middle):
+            apart = np.hypot(*(middle - yx).T)
+            apart[site] = np.inf
+            room = np.full((len(self.site_yx), 2), 0.6 * apart.min())
+            owner = first_owner + int(self.cell_of_site[site])
+            found.append(Part(owner, self.site_yx[:, site] - _MARGIN_PX, room, np.full(len(room), yx[0])))
+        return found
 
 
 def _scatter(rng: np.random.Generator, canvas_yx: tuple[int, int], spacing_px: tuple[float, float]) -> Floats:
