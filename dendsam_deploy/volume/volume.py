@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -30,7 +30,9 @@ class VolumeInfo:
     source : str
         The path as the user gave it, for messages.
     format : str
-        ``tiff``, ``folder``, ``ome-zarr`` or ``zarr``.
+        ``tiff``, ``folder``, ``png``, ``ome-zarr`` or ``zarr``.
+    detail : str
+        What else is worth telling about the encoding, such as ``ImageJ, deflate``; for people, not for programs.
     """
 
     shape_zyx: tuple[int, int, int]
@@ -38,6 +40,7 @@ class VolumeInfo:
     voxel_size_nm: tuple[float, float, float] | None
     source: str
     format: str
+    detail: str = ""
 
 
 class VolumeReader(Protocol):
@@ -60,6 +63,28 @@ class VolumeReader(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LabelVolumeSpec:
+    """What a label volume will be, known before its first slice is written.
+
+    Parameters
+    ----------
+    shape_zyx : (int, int, int)
+        Slices, rows, columns.
+    dtype : numpy.dtype
+        ``uint8``, ``uint16`` or ``uint32``; see `labels.smallest_label_dtype`.
+    voxel_size_nm : (float, float, float) or None
+        Voxel size ``(z, y, x)``, recorded in the file; None records none.
+    format : str
+        ``tif`` or ``ome-zarr``.
+    """
+
+    shape_zyx: tuple[int, int, int]
+    dtype: np.dtype[np.generic]
+    voxel_size_nm: tuple[float, float, float] | None = None
+    format: Literal["tif", "ome-zarr"] = "tif"
 
 
 class LabelWriter(Protocol):
