@@ -80,6 +80,10 @@ class PhantomOptions:
             raise InvalidArgumentError(f"voxel size is {self.voxel_size_nm} nm, expected three positive lengths")
         if self.missing_slice is not None and not 0 <= self.missing_slice < depth:
             raise InvalidArgumentError(f"missing slice is {self.missing_slice}, expected 0 to {depth - 1}")
+        for name, least in (("contrast", 0.01), ("noise", 0.0), ("membrane_width_px", 0.1)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise InvalidArgumentError(f"{name} is {value}, expected at least {least}")
         if self.dendrite_fraction is not None and not 0 <= self.dendrite_fraction <= 0.8:
             raise InvalidArgumentError(f"dendrite fraction is {self.dendrite_fraction}, expected 0 to 0.8")
 
@@ -123,7 +127,7 @@ def make_phantom(options: PhantomOptions | None = None) -> Phantom:
     Returns
     -------
     Phantom
-        Image and exact labels; equal options give equal bytes.
+        Image and exact labels; equal options give equal bytes with the same versions of numpy and scipy on the same CPU.
     """
     options = options or PhantomOptions()
     # One stream of random numbers per purpose: overriding the style leaves the geometry as it is.

@@ -60,13 +60,43 @@ class Part:
         result: Floats = (np.hypot(u, v) - rim) * across
         return result
 
-    def box(self, z: int, yx: Floats) -> tuple[slice, slice]:
-        """Return the rows and columns of a grid of points (2, Y, X) outside which the piece cannot lie."""
+    def box(self, z: int, extent: Extent) -> tuple[slice, slice]:
+        """Return the rows and columns of a grid of points outside which the piece cannot lie."""
         along, across = self.half_axes[z]
-        reach = 1.5 * max(along, across) + 2 * abs(self.bend) * along + 2
-        rows = _span(yx[0].min(axis=1), yx[0].max(axis=1), self.centre_yx[z, 0], reach)
-        columns = _span(yx[1].min(axis=0), yx[1].max(axis=0), self.centre_yx[z, 1], reach)
-        return rows, columns
+        rim = 1 + self.lobes[:, 0].sum()
+        u = rim * along
+        v = rim * across + abs(self.bend) * along * max(0.4, rim**2 - 0.4)
+        cos, sin = abs(np.cos(self.angle[z])), abs(np.sin(self.angle[z]))
+        y, x = self.centre_yx[z]
+        return extent.rows(y, u * sin + v * cos + 1), extent.columns(x, u * cos + v * sin + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Lowest and highest coordinate, px, in every row and column of a grid of points; measured once for many parts.
+
+    Parameters
+    ----------
+    row_range, column_range : (ndarray, ndarray), float64
+        Bounds of y by row, and of x by column.
+    """
+
+    row_range: tuple[Floats, Floats]
+    column_range: tuple[Floats, Floats]
+
+    @classmethod
+    def of(cls, yx: Floats) -> Extent:
+        """Measure a grid (2, Y, X)."""
+        y, x = yx
+        return cls((y.min(axis=1), y.max(axis=1)), (x.min(axis=0), x.max(axis=0)))
+
+    def rows(self, centre: float, reach: float) -> slice:
+        """Return the rows that come within reach of a y coordinate."""
+        return _span(*self.row_range, centre, reach)
+
+    def columns(self, centre: float, reach: float) -> slice:
+        """Return the columns that come within reach of an x coordinate."""
+        return _span(*self.column_range, centre, reach)
 
 
 def _span(lowest: Floats, highest: Floats, centre: float, reach: float) -> slice:
@@ -79,9 +109,10 @@ def nearest_dendrite(parts: list[Part], z: int, yx: Floats) -> NDArray[np.uint32
     """Return for every point (2, Y, X) the dendrite inside which it lies deepest, 0 for none."""
     owner = np.zeros(yx.shape[1:], np.uint32)
     lowest = np.zeros(yx.shape[1:])
+    extent = Extent.of(yx)
     for part in parts:
         if part.present(z):
-            box = part.box(z, yx)
+            box = part.box(z, extent)
             distance = part.distance(z, yx[:, box[0], box[1]])
             deeper = distance < lowest[box]
             lowest[box][deeper] = distance[deeper]
@@ -92,9 +123,10 @@ def nearest_dendrite(parts: list[Part], z: int, yx: Floats) -> NDArray[np.uint32
 def depth_in_mitochondria(mitochondria: list[Part], z: int, yx: Floats, cells: NDArray[np.uint32]) -> Floats:
     """Return how deep points (2, Y, X) lie inside the mitochondria of their own cell, px; 0 outside."""
     depth = np.zeros(cells.shape)
+    extent = Extent.of(yx)
     for part in mitochondria:
         if part.present(z):
-            box = part.box(z, yx)
+            box = part.box(z, extent)
             inside = -part.distance(z, yx[:, box[0], box[1]]) * (cells[box] == part.owner)
             np.maximum(depth[box], inside, out=depth[box])
     return depth
@@ -171,7 +203,7 @@ def _grow_one(
 
 def _upright_tube(rng: np.random.Generator, depth: int, owner: int, start: Floats, radius: float) -> Part:
     """Return a tube that runs obliquely through all slices."""
-    z = np.arange(depth) - depth / 2
+    z = np.arange(depth, dtype=np.float64) - depth / 2
     heading = rng.uniform(0, 2 * np.pi)
     speed = abs(rng.normal(0, 1.3))  # px a slice
     sway = rng.uniform(1, 5) * np.sin(z / rng.uniform(5, 12) + rng.uniform(0, 6))
@@ -180,8 +212,9 @@ def _upright_tube(rng: np.random.Generator, depth: int, owner: int, start: Float
     swell = 1.0 + rng.uniform(0, 0.3) * np.sin(z / rng.uniform(3, 9) + rng.uniform(0, 6))
     stretch = rng.uniform(1.0, 1.9) + 0.1 * speed
     axes = radius * swell[:, None] * np.array([np.sqrt(stretch), 1 / np.sqrt(stretch)])
+    angle: Floats = heading + 0.03 * z
     lobes = np.stack([rng.uniform(0, (0.15, 0.14, 0.08)), rng.uniform(0, 2 * np.pi, 3)], axis=1)
-    return Part(owner, path, axes, heading + 0.03 * z, rng.normal(0, 0.25), lobes)
+    return Part(owner, path, axes, angle, rng.normal(0, 0.25), lobes)
 
 
 def _flat_tube(rng: np.random.Generator, height_px: Floats, owner: int, start: Floats, radius: float) -> Part:

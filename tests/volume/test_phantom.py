@@ -148,6 +148,8 @@ def test_one_slice_is_enough():
         ({"seed": -1}, "seed is -1"),
         ({"voxel_size_nm": (40.0, 0.0, 15.0)}, "voxel size"),
         ({"missing_slice": 16}, "missing slice is 16, expected 0 to 15"),
+        ({"membrane_width_px": 0.0}, "membrane_width_px is 0.0, expected at least 0.1"),
+        ({"noise": float("nan")}, "noise is nan"),
         ({"dendrite_fraction": 0.9}, "dendrite fraction"),
     ],
 )
