@@ -127,7 +127,7 @@ def make_phantom(options: PhantomOptions | None = None) -> Phantom:
     Returns
     -------
     Phantom
-        Image and exact labels; equal options give equal bytes with the same versions of numpy and scipy on the same CPU.
+        Image and exact labels; equal options give equal bytes on the same CPU and numpy.
     """
     options = options or PhantomOptions()
     # One stream of random numbers per purpose: overriding the style leaves the geometry as it is.
