@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class ObjectScores:
     """Scores of objects, in a slice or in a volume. The first three are errors, 0 when perfect; the others are 1 then.
 
+    Where neither side has an object all scores are perfect.
+
     Parameters
     ----------
     oce, e_gs, e_sg : float

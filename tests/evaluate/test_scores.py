@@ -1,0 +1,239 @@
+"""Scores of label volumes: what counts as what, in slices and across them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import tifffile
+
+from dendsam_deploy.errors import InvalidArgumentError, VolumeError
+from dendsam_deploy.evaluate.scores import EvaluateOptions, ObjectRow, ScoreReport, evaluate_labels, score_volumes
+from dendsam_deploy.metrics.contingency import ContingencyTable
+from dendsam_deploy.metrics.summary import score_objects, score_partition
+from dendsam_deploy.volume.volume import VolumeInfo
+
+OBJECT_KEYS = {"oce", "e_gs", "e_sg", "pq", "sq", "dq", "s_inst", "msa", "sa50", "sa75", "dice"}
+VOLUME_KEYS = OBJECT_KEYS | {"vi_split", "vi_merge", "arand_error", "arand_precision", "arand_recall"}
+COUNT_KEYS = {"truth_objects", "segments"}
+
+
+class ArrayReader:
+    """A volume in memory that is read like one on disk."""
+
+    def __init__(self, name: str, labels: np.ndarray) -> None:
+        self._labels = labels.astype(np.uint32)
+        self.info = VolumeInfo(labels.shape, np.dtype(np.uint32), None, name, "array")
+
+    def read(self, z, window=None):
+        return self._labels[z] if window is None else self._labels[z][window.slices]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        return None
+
+
+def score(labels: np.ndarray, truth: np.ndarray, **options) -> ScoreReport:
+    return score_volumes(ArrayReader("labels", labels), ArrayReader("truth", truth), EvaluateOptions(**options))
+
+
+def blocks(seed: int, shape: tuple[int, int, int] = (4, 6, 5)) -> np.ndarray:
+    """A volume of random labels, constant in blocks of 2 x 4 x 4 voxels."""
+    labels = np.random.default_rng(seed).integers(0, 9, shape)
+    return np.kron(labels, np.ones((2, 4, 4), int))
+
+
+def test_document_has_the_keys_of_the_contract():
+    document = json.loads(score(blocks(1), blocks(2)).to_json())
+    assert document["volume"].keys() == VOLUME_KEYS | COUNT_KEYS
+    assert document["slices"].keys() == OBJECT_KEYS
+    assert [row["z"] for row in document["per_slice"]] == list(range(8))
+    assert all(row.keys() == OBJECT_KEYS | COUNT_KEYS | {"z"} for row in document["per_slice"])
+    assert document["per_object"][0].keys() == {"z", "truth_id", "voxels", "segment_id", "iou"}
+    assert document["options"] == {"slices": None, "ignore_labels": [], "sparse_truth": False, "as_2d": False}
+
+
+def test_volume_scores_are_those_of_the_whole_volume_at_once():
+    labels, truth = blocks(1), blocks(2)
+    table = ContingencyTable.from_labels(truth, labels)
+    volume = score(labels, truth).volume
+    assert volume.objects == score_objects(table)
+    assert volume.partition == score_partition(table)
+
+
+def test_slice_scores_are_those_of_each_slice_and_their_mean():
+    labels, truth = blocks(1), blocks(2)
+    report = score(labels, truth)
+    for z, row in enumerate(report.per_slice):
+        assert row.z == z
+        assert row.scores == score_objects(ContingencyTable.from_labels(truth[z], labels[z]))
+        assert row.truth_objects == len(np.unique(truth[z][truth[z] > 0]))
+        assert row.segments == len(np.unique(labels[z][labels[z] > 0]))
+    means = {name: np.mean([asdict(row.scores)[name] for row in report.per_slice]) for name in OBJECT_KEYS}
+    assert asdict(report.slices) == pytest.approx(means)
+
+
+def test_truth_and_labels_are_not_exchanged():
+    truth = np.zeros((1, 4, 8), int)
+    truth[0, :, :4], truth[0, :2, 5:] = 1, 2
+    report = score(labels=np.where(truth == 2, 0, truth), truth=truth)
+    assert report.volume.objects.e_gs > 0  # object 2 is missing
+    assert report.volume.objects.e_sg == 0
+    assert (report.volume.truth_objects, report.volume.segments) == (2, 1)
+    assert report.per_object == (ObjectRow(None, 1, 16, 1, 1.0), ObjectRow(None, 2, 6, None, 0.0))
+
+
+def wrongly_linked() -> tuple[np.ndarray, np.ndarray]:
+    """Two objects through two slices, found exactly but exchanged in the second slice."""
+    truth = np.zeros((2, 4, 9), int)
+    truth[:, :, :4], truth[:, :, 5:] = 1, 2
+    return np.stack([truth[0], np.array([0, 2, 1])[truth[1]]]), truth
+
+
+def test_wrong_links_cost_the_volume_but_not_its_slices():
+    report = score(*wrongly_linked())
+    assert report.slices.pq == 1
+    assert report.volume.objects.pq == 0
+    assert report.volume.partition.vi_split == report.volume.partition.vi_merge == 1
+
+
+def test_labels_of_one_slice_each_are_pooled():
+    report = score(*wrongly_linked(), as_2d=True)
+    assert report.volume.objects.pq == 1
+    assert report.volume.partition.vi_split == report.volume.partition.vi_merge == 0
+    assert report.volume.truth_objects == 4
+    assert [(row.z, row.truth_id, row.segment_id) for row in report.per_object] == [
+        (0, 1, 1),
+        (0, 2, 2),
+        (1, 1, 2),
+        (1, 2, 1),
+    ]
+
+
+def test_only_the_chosen_slices_count():
+    labels, truth = blocks(1), blocks(2)
+    labels[:3] = truth[:3]
+    report = score(labels, truth, slices=range(1, 3))
+    assert [row.z for row in report.per_slice] == [1, 2]
+    assert report.volume.objects.pq == report.slices.pq == 1
+    assert report.to_document()["options"]["slices"] == [1, 3, 1]
+
+
+def test_ignored_labels_are_removed_from_both_sides():
+    truth = np.array([[[1, 1, 249, 249, 2, 2]]])
+    labels = np.array([[[5, 5, 5, 6, 6, 6]]])
+    assert score(labels, truth).volume.objects.pq < 1
+    report = score(labels, truth, ignore_labels=(249,))
+    assert report.volume.objects.pq == 1
+    assert report.volume.truth_objects == 2
+    assert report.volume.partition.arand_error == 0
+
+
+def test_a_slice_without_any_voxel_that_counts_is_not_scored():
+    truth = np.array([[[249, 249]], [[1, 0]]])
+    report = score(np.array([[[3, 3]], [[3, 0]]]), truth, ignore_labels=(249,))
+    assert report.unscored_slices == (0,)
+    assert [row.z for row in report.per_slice] == [1]
+    assert report.slices.pq == 1
+
+
+def test_sparse_truth_forgives_what_nobody_drew():
+    truth = np.array([[[1, 1, 0, 0, 0]], [[0, 0, 0, 0, 0]]])
+    labels = np.array([[[7, 7, 0, 8, 8]], [[0, 0, 0, 8, 8]]])
+    dense = score(labels, truth)
+    assert dense.volume.objects.pq == pytest.approx(1 / 1.5)
+    assert dense.unscored_slices == ()
+    sparse = score(labels, truth, sparse_truth=True)
+    assert sparse.volume.objects.pq == sparse.slices.pq == 1
+    assert sparse.volume.segments == 1
+    assert sparse.unscored_slices == (1,)
+
+
+def test_sparse_truth_keeps_a_segment_that_meets_the_truth_in_another_slice():
+    truth = np.array([[[1, 1]], [[0, 0]]])
+    labels = np.array([[[7, 7]], [[7, 7]]])
+    report = score(labels, truth, sparse_truth=True)
+    assert report.per_object[0].iou == 1 / 2
+    assert report.slices.pq == 1
+
+
+def test_slices_without_objects_on_either_side_are_perfect():
+    report = score(np.zeros((2, 3, 3)), np.zeros((2, 3, 3)))
+    assert report.slices.pq == report.volume.objects.pq == 1
+    assert report.slices.oce == report.volume.objects.oce == 0
+    assert report.per_object == ()
+
+
+def test_progress_is_told_after_each_slice():
+    heard = []
+    reader = ArrayReader("labels", blocks(1))
+    score_volumes(reader, reader, EvaluateOptions(slices=range(2, 5)), heard.append)
+    assert [(progress.done, progress.total) for progress in heard] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_volumes_of_different_shapes_are_refused():
+    with pytest.raises(VolumeError, match=r"^labels: 1 x 2 x 3 voxels .* but truth has 1 x 3 x 2; crop"):
+        score(np.zeros((1, 2, 3)), np.zeros((1, 3, 2)))
+
+
+@pytest.mark.parametrize("slices", [range(0), range(5, 2), range(-1, 2), range(3, 0, -1)])
+def test_ranges_that_name_no_slices_are_refused(slices):
+    with pytest.raises(InvalidArgumentError, match="names no slices"):
+        EvaluateOptions(slices=slices)
+
+
+def test_slices_beyond_the_volume_are_refused():
+    with pytest.raises(InvalidArgumentError, match="slices 6 to 8 asked for, but labels ends at slice 7"):
+        score(blocks(1), blocks(2), slices=range(6, 9))
+
+
+def test_a_truth_that_says_nothing_is_refused():
+    with pytest.raises(VolumeError, match="truth: nothing in its slices 0 to 1 is labelled"):
+        score(np.ones((2, 3, 3)), np.zeros((2, 3, 3)), sparse_truth=True)
+    with pytest.raises(VolumeError, match="all of it is in ignore_labels"):
+        score(np.ones((2, 3, 3)), np.zeros((2, 3, 3)), ignore_labels=(0,))
+
+
+def test_files_are_opened_and_named(tmp_path):
+    truth = blocks(2).astype(np.uint16)
+    for name in ("labels.tif", "truth.tif"):
+        tifffile.imwrite(tmp_path / name, truth, metadata={"axes": "ZYX"})
+    report = evaluate_labels(tmp_path / "labels.tif", tmp_path / "truth.tif")
+    assert report.volume.objects.pq == 1
+    assert report.labels.endswith("labels.tif")
+    assert report.truth.endswith("truth.tif")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    tifffile.imwrite(tmp_path / "labels.tif", blocks(1).astype(np.uint16), metadata={"axes": "ZYX"})
+    with pytest.raises(VolumeError, match=r"truth\.tif"):
+        evaluate_labels(tmp_path / "labels.tif", tmp_path / "truth.tif")
+
+
+def test_real_neurites_against_damaged_copies(shared_data, tmp_path):
+    path = shared_data / "em_fibsem_medulla" / "neurites.tif"
+    sections = EvaluateOptions(slices=range(137, 167))
+    itself = evaluate_labels(path, path, sections)
+    assert itself.slices.pq == itself.volume.objects.msa == itself.volume.partition.arand_recall == 1
+    assert itself.slices.oce == itself.volume.partition.vi_split == 0
+
+    truth = tifffile.imread(path)
+    merged, cut = truth.copy(), truth.copy()
+    largest = np.argsort(np.bincount(truth[137:].ravel())[1:])[-2:] + 1
+    merged[np.isin(merged, largest)] = largest[0]
+    cut[150:][cut[150:] == largest[1]] = truth.max() + 1
+    for name, labels in (("merged.tif", merged), ("cut.tif", cut)):
+        tifffile.imwrite(tmp_path / name, labels, metadata={"axes": "ZYX"}, compression="zlib")
+    joined = evaluate_labels(tmp_path / "merged.tif", path, sections).volume.partition
+    assert joined.vi_merge > 0
+    assert joined.vi_split == 0
+    assert joined.arand_precision < joined.arand_recall == 1
+    in_two = evaluate_labels(tmp_path / "cut.tif", path, sections)
+    assert in_two.volume.partition.vi_split > 0
+    assert in_two.volume.partition.vi_merge == 0
+    assert in_two.volume.partition.arand_recall < in_two.volume.partition.arand_precision == 1
+    assert in_two.slices.pq == 1  # no single slice shows the cut
