@@ -1,8 +1,8 @@
 """Which files an ONNX graph would open besides its own, found without any ONNX library.
 
 An engine that loads a graph opens every file that the graph names as *external data*, wherever it lies. The names are
-therefore read before an engine sees the file. Only the skeleton of the protocol buffer is walked; weights are skipped, so
-that gigabytes take milliseconds.
+therefore read before an engine sees the file. Only the skeleton of the protocol buffer is walked; weights are skipped,
+so that gigabytes take milliseconds.
 
 References
 ----------

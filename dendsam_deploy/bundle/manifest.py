@@ -31,7 +31,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class FileDigest:
-    """A file of the bundle (path relative to it) or a source checkpoint (bare name), with its SHA-256 and size in bytes."""
+    """A file of the bundle (path relative to it) or a source checkpoint (bare name): SHA-256 and size in bytes."""
 
     file: str
     sha256: str
@@ -69,7 +69,7 @@ class Preprocessing:
     Parameters
     ----------
     normalisation : str
-        ``minmax_uint8``: slices that are not uint8 are stretched from their own minimum and maximum to 0..255 and truncated.
+        ``minmax_uint8``: slices that are not uint8 are stretched from their own extremes to 0..255 and truncated.
     tile_size_px : int
         Side S of the model's square input.
     overlap_px : int
@@ -164,7 +164,7 @@ class Manifest:
         """
         try:
             document = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise BundleError(f"{source}: not JSON ({error}); export the bundle again") from error
         version = document.get("schema_version") if isinstance(document, dict) else None
         if version != SCHEMA_VERSION:
@@ -188,7 +188,7 @@ def _record_from_json(kind: type[Any], value: object, source: str, where: str) -
     return kind(**{name: _value_from_json(hints[name], value[name], source, f"{where}.{name}") for name in fields})
 
 
-def _value_from_json(hint: Any, value: object, source: str, where: str) -> object:
+def _value_from_json(hint: object, value: object, source: str, where: str) -> object:
     """Convert one JSON value to the annotated type, or say what is wrong with it."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
@@ -208,7 +208,7 @@ def _value_from_json(hint: Any, value: object, source: str, where: str) -> objec
     raise BundleError(f"{source}: {where} is {value!r}, expected {_describe(hint)}")
 
 
-def _is_plain(kind: Any, value: object) -> bool:
+def _is_plain(kind: object, value: object) -> bool:
     """Tell whether a JSON value is a finite number, string or boolean of the given Python type."""
     if isinstance(value, bool) or not isinstance(kind, type):
         return kind is bool
@@ -217,6 +217,6 @@ def _is_plain(kind: Any, value: object) -> bool:
     return kind in (int, str) and isinstance(value, kind)
 
 
-def _describe(hint: Any) -> str:
+def _describe(hint: object) -> str:
     """Name a type the way a person would write it."""
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

@@ -155,8 +155,8 @@ def _example_inputs(export: GraphExport) -> tuple[Tensor, ...]:
 def _keep_the_contract_only(model: onnx_ir.Model, tensors: tuple[TensorSpec, ...]) -> None:
     """Name the free axes as the contract does, and drop the exporter's notes.
 
-    The notes hold source lines and paths of the machine that exported; they double the size of a graph, and the digest of
-    a bundle would depend on where the package is installed.
+    The notes hold source lines and paths of the machine that exported; they double the size of a graph, and the digest
+    of a bundle would depend on where the package is installed.
     """
     specs = {spec.name: spec for spec in tensors}
     model.metadata_props.clear()
