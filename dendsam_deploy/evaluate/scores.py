@@ -39,10 +39,10 @@ class EvaluateOptions:
         of label 0 is background, and judged, unless 0 is listed here.
     sparse_truth : bool
         The truth shows only some of the objects: segments that touch none of them are left out, and so are slices
-        without any of them.
+        without any of them, from the scores of the volume too.
     as_2d : bool
         Labels hold for one slice only, in both volumes: the scores of the volume are then those of the 2-D objects of
-        all slices together.
+        all slices together, whose background stays one segment to VI and adapted Rand.
     """
 
     slices: range | None = None
@@ -205,11 +205,11 @@ def score_volumes(
         judged = table.without_unannotated() if options.sparse_truth else table
         if len(judged) and (judged.truth.any() or not options.sparse_truth):
             per_slice.append(_score_slice(z, judged))
+            pending.append(_labels_of_own_slice(table, z) if options.as_2d else table)
         else:
             unscored.append(z)
-        pending.append(_labels_of_own_slice(table, z) if options.as_2d else table)
         # Added up whenever they have doubled: memory for the sum and not for every slice, few sorts for each row.
-        if sum(map(len, pending)) > 2 * len(pending[0]):
+        if pending and sum(map(len, pending)) > 2 * len(pending[0]):
             pending = [ContingencyTable.total(pending)]
         progress(Progress("evaluate", done, len(chosen)))
     if not per_slice:

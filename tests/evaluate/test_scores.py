@@ -154,11 +154,19 @@ def test_sparse_truth_forgives_what_nobody_drew():
 
 
 def test_sparse_truth_keeps_a_segment_that_meets_the_truth_in_another_slice():
-    truth = np.array([[[1, 1]], [[0, 0]]])
-    labels = np.array([[[7, 7]], [[7, 7]]])
+    truth = np.array([[[1, 1, 0]], [[0, 0, 2]]])
+    labels = np.array([[[7, 7, 0]], [[7, 7, 2]]])
     report = score(labels, truth, sparse_truth=True)
-    assert report.per_object[0].iou == 1 / 2
+    assert [row.iou for row in report.per_object] == [1 / 2, 1]
     assert report.slices.pq == 1
+
+
+def test_sparse_truth_leaves_slices_that_nobody_annotated_out_of_the_volume():
+    truth = np.array([[[1, 1, 0]], [[0, 0, 0]]])
+    labels = np.array([[[7, 7, 0]], [[7, 7, 2]]])
+    report = score(labels, truth, sparse_truth=True)
+    assert report.unscored_slices == (1,)
+    assert report.volume.objects.pq == report.per_object[0].iou == 1
 
 
 def test_slices_without_objects_on_either_side_are_perfect():
