@@ -1,0 +1,150 @@
+"""Masks of a slice: its tiles through the encoder, its boxes through the decoder in batches of equal region."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from dendsam_deploy.geometry import region_cells
+from dendsam_deploy.instances import Masks
+from dendsam_deploy.pipeline.infer import infer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from dendsam_deploy.bundle.manifest import Decoding
+    from dendsam_deploy.pipeline.prepare import PreparedSlice, TilePlan
+    from dendsam_deploy.runtimes.runner import Runner
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOptions:
+    """How boxes are decoded.
+
+    Parameters
+    ----------
+    decoding : Decoding
+        Regions on offer and the margin around a box, from the manifest.
+    boxes_per_batch : int
+        Most boxes of one call of the decoder. A box costs it about 40 MB while the call lasts.
+    """
+
+    decoding: Decoding
+    boxes_per_batch: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Encoded tiles of one slice.
+
+    Parameters
+    ----------
+    values : ndarray, shape (T, 256, S/16, S/16), float32
+        Encoder output.
+    tile_index : ndarray, shape (T,), int64
+        The tile that each one belongs to, ascending.
+    """
+
+    values: NDArray[np.float32]
+    tile_index: NDArray[np.int64]
+
+
+def encode_tiles(prepared: PreparedSlice, tile_index: NDArray[np.int64], encoder: Runner) -> Embeddings:
+    """Encode some tiles of a slice, one at a time: an encoder's working memory dwarfs its result.
+
+    Parameters
+    ----------
+    prepared : PreparedSlice
+        The slice.
+    tile_index : ndarray, shape (N,), int64
+        Tiles that are needed; repetitions are encoded once. At least one.
+    encoder : Runner
+        Image encoder.
+    """
+    wanted = np.unique(tile_index)
+    encoded = [infer(encoder, prepared.tile_inputs(int(index)))["embeddings"] for index in wanted]
+    return Embeddings(cast("NDArray[np.float32]", np.concatenate(encoded)), wanted)
+
+
+def decode_masks(
+    boxes_xyxy: NDArray[np.float32], tile_index: NDArray[np.int64], embeddings: Embeddings, decoder: BoxDecoder
+) -> Masks:
+    """Decode all boxes of a slice.
+
+    Parameters
+    ----------
+    boxes_xyxy : ndarray, shape (N, 4), float32
+        Boxes in the tile px of their tile.
+    tile_index : ndarray, shape (N,), int64
+        The tile of each box.
+    embeddings : Embeddings
+        Those tiles, encoded.
+    decoder : BoxDecoder
+        The graph and how it is fed.
+
+    Returns
+    -------
+    Masks
+        In the order of the boxes.
+    """
+    logits: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(boxes_xyxy)
+    origins = np.zeros((len(boxes_xyxy), 2), np.int64)
+    predicted_iou = np.zeros(len(boxes_xyxy), np.float32)
+    for region, batch in decoder.batches(boxes_xyxy, tile_index):
+        tiles, position = np.unique(tile_index[batch], return_inverse=True)
+        outputs = infer(
+            decoder.runner,
+            {
+                "embeddings": embeddings.values[np.searchsorted(embeddings.tile_index, tiles)],
+                "boxes": np.ascontiguousarray(boxes_xyxy[batch]),
+                "tile_index": position.astype(np.int64),
+                "region": np.array([region], np.int64),
+            },
+        )
+        for row, index in enumerate(batch):
+            logits[index] = cast("NDArray[np.float32]", outputs["logits"][row])
+        origins[batch] = outputs["origin"]
+        predicted_iou[batch] = outputs["iou"]
+    return Masks(tuple(logits), origins, tile_index, predicted_iou)
+
+
+@dataclass(frozen=True, slots=True)
+class BoxDecoder:
+    """The decoder graph and how it is fed."""
+
+    runner: Runner
+    options: DecodeOptions
+
+    def batches(
+        self, boxes_xyxy: NDArray[np.float32], tile_index: NDArray[np.int64]
+    ) -> Iterator[tuple[int, NDArray[np.intp]]]:
+        """Yield (region side in cells, indices of boxes): equal regions together, and within them equal tiles."""
+        decoding = self.options.decoding
+        longest_px = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).max(axis=1, initial=0.0)
+        margins_px = decoding.margin_fraction * longest_px + decoding.margin_px
+        regions = np.array(
+            [
+                region_cells(box, margin, decoding.region_sizes)
+                for box, margin in zip(boxes_xyxy.tolist(), margins_px.tolist(), strict=True)
+            ],
+            np.int64,
+        )
+        for region in np.unique(regions):
+            (members,) = np.nonzero(regions == region)
+            members = members[np.argsort(tile_index[members], kind="stable")]
+            for start in range(0, len(members), self.options.boxes_per_batch):
+                yield int(region), members[start : start + self.options.boxes_per_batch]
+
+
+def boxes_in_tiles(
+    boxes_xyxy: NDArray[np.float32], tile_index: NDArray[np.int64], plan: TilePlan
+) -> NDArray[np.float32]:
+    """Convert boxes ``(N, 4)`` from slice px to the tile px of their tiles, cut off where the tile ends."""
+    corners = np.array([(tile.read.x0, tile.read.y0) * 2 for tile in plan.tiles], np.float32)[tile_index]
+    sizes = np.array([(tile.read.width, tile.read.height) * 2 for tile in plan.tiles], np.float32)[tile_index]
+    boxes: NDArray[np.float32] = np.clip(plan.frame.boxes_to_model(boxes_xyxy) - corners, 0, sizes)
+    return boxes

@@ -1,0 +1,122 @@
+"""From a slice as it lies on disk to the tiles that the graphs take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dendsam_deploy.errors import InvalidArgumentError
+from dendsam_deploy.geometry import Frame, Tile, choose_zoom, tile_grid
+from dendsam_deploy.volume.raster import resize_bilinear
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dendsam_deploy.bundle.manifest import Preprocessing
+
+LARGEST_ZOOM = 16.0
+"""A slice is never enlarged or reduced by more: such a ratio comes from a wrong voxel size."""
+
+
+@dataclass(frozen=True, slots=True)
+class TilePlan:
+    """How every slice of a volume is resampled and cut.
+
+    Parameters
+    ----------
+    frame : Frame
+        Relation between slice px and model px.
+    tiles : tuple of Tile
+        The tiles, in model px.
+    tile_size_px : int
+        Side of the model's square input; tiles of smaller slices are padded with zeros at the right and at the bottom.
+    """
+
+    frame: Frame
+    tiles: tuple[Tile, ...]
+    tile_size_px: int
+
+    def owners(self, boxes_xyxy: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Return for each box ``(N, 4)`` in slice px, whose centre lies in the slice, the tile that owns it."""
+        boxes = self.frame.boxes_to_model(boxes_xyxy)
+        owned = np.stack([tile.owns(boxes) for tile in self.tiles])
+        owner: NDArray[np.int64] = owned.argmax(axis=0).astype(np.int64)
+        return owner
+
+
+def plan_tiles(
+    slice_hw: tuple[int, int],
+    preprocessing: Preprocessing,
+    voxel_size_nm: tuple[float, float, float] | None,
+    zoom: float | None,
+) -> TilePlan:
+    """Decide how the slices of a volume are resampled and cut.
+
+    Parameters
+    ----------
+    slice_hw : (int, int)
+        Shape of the slices, slice px.
+    preprocessing : Preprocessing
+        What the bundle's model was trained on.
+    voxel_size_nm : (float, float, float) or None
+        Voxel size ``(z, y, x)`` of the volume, where it is known.
+    zoom : float or None
+        Model px per slice px, if it is to be something else than `geometry.choose_zoom` says.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Where the zoom is beyond `LARGEST_ZOOM`.
+    """
+    tile_size = preprocessing.tile_size_px
+    model_nm = preprocessing.model_pixel_size_nm
+    zoom_yx = (
+        (zoom, zoom)
+        if zoom is not None
+        else choose_zoom(slice_hw, voxel_size_nm, model_nm, preprocessing.zoom, tile_size)
+    )
+    # A tiny slice may be enlarged to fill a tile whatever that takes.
+    limit = max(LARGEST_ZOOM, tile_size / max(slice_hw))
+    if not all(1 / LARGEST_ZOOM <= value <= limit for value in zoom_yx):
+        raise InvalidArgumentError(
+            f"slices would be scaled by {zoom_yx[0]:.4g} x {zoom_yx[1]:.4g} (voxel size {voxel_size_nm} nm, model "
+            f"pixel {model_nm} nm), expected 1/{LARGEST_ZOOM:g} to {LARGEST_ZOOM:g}; set the voxel size or the zoom"
+        )
+    frame = Frame.from_zoom(slice_hw, zoom_yx)
+    return TilePlan(frame, tuple(tile_grid(frame.model_hw, tile_size, preprocessing.overlap_px)), tile_size)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSlice:
+    """A slice in the model's pixels.
+
+    Parameters
+    ----------
+    plan : TilePlan
+        How it is cut.
+    pixels : ndarray, shape `plan.frame.model_hw`, uint8
+        Intensities.
+    """
+
+    plan: TilePlan
+    pixels: NDArray[np.uint8]
+
+    def tile_inputs(self, index: int) -> dict[str, NDArray[np.generic]]:
+        """Return the inputs ``tiles`` uint8 (1, S, S) and ``sizes`` int64 (1, 2), the part that is not padding."""
+        read = self.plan.tiles[index].read
+        size = self.plan.tile_size_px
+        tile = np.zeros((1, size, size), np.uint8)
+        tile[0, : read.height, : read.width] = self.pixels[read.slices]
+        return {"tiles": tile, "sizes": np.array([[read.height, read.width]], np.int64)}
+
+
+def prepare_slice(image_u8: NDArray[np.uint8], plan: TilePlan) -> PreparedSlice:
+    """Resample a slice ``(Y, X)`` to the model's pixels."""
+    if image_u8.dtype != np.uint8 or image_u8.shape != plan.frame.slice_hw:
+        raise InvalidArgumentError(
+            f"the slice is {image_u8.dtype}{image_u8.shape}, expected uint8{plan.frame.slice_hw}; convert it first"
+        )
+    pixels = image_u8 if plan.frame.is_identity else resize_bilinear(image_u8, plan.frame.model_hw)
+    return PreparedSlice(plan, pixels)

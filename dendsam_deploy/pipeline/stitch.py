@@ -1,0 +1,116 @@
+"""Objects larger than the overlap of two tiles: each tile saw a part, and the parts agree where both tiles looked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dendsam_deploy.geometry import Window
+from dendsam_deploy.instances import Detections
+from dendsam_deploy.pipeline.claims import Claim, intersection, measure_overlaps
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dendsam_deploy.pipeline.prepare import TilePlan
+
+LEAST_AGREEMENT = 0.6
+"""IoU, inside the strip that two tiles share, from which two masks are parts of one object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Masks of one slice that compete for its pixels.
+
+    Parameters
+    ----------
+    claims : tuple of Claim
+        Their pixels.
+    detections : Detections
+        The boxes that prompted them, slice px.
+    predicted_iou : ndarray, shape (N,), float32
+        Predicted IoU.
+    """
+
+    claims: tuple[Claim, ...]
+    detections: Detections
+    predicted_iou: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.claims)
+
+    @property
+    def areas_px(self) -> NDArray[np.int64]:
+        """Number of pixels that each claims."""
+        return np.array([claim.area_px for claim in self.claims], np.int64)
+
+    def take(self, index: NDArray[np.intp] | NDArray[np.bool_]) -> Candidates:
+        """Return the candidates that an index or a boolean selection names, in that order."""
+        claims = tuple(self.claims[i] for i in np.arange(len(self))[index])
+        return Candidates(claims, self.detections.take(index), self.predicted_iou[index])
+
+
+def stitch_tiles(candidates: Candidates, tile_index: NDArray[np.int64], plan: TilePlan) -> Candidates:
+    """Join the masks that different tiles made of one object.
+
+    Two masks of different tiles are joined where their parts inside the strip that both tiles see have an IoU of at
+    least `LEAST_AGREEMENT`. The joint mask takes the larger evidence at each pixel, the box around both boxes, the
+    higher detection score, and the mean predicted IoU weighted by area.
+
+    Parameters
+    ----------
+    candidates : Candidates
+        Masks, each seen by one tile.
+    tile_index : ndarray, shape (N,), int64
+        The tile of each.
+    plan : TilePlan
+        How the slice was cut.
+    """
+    root = np.arange(len(candidates))
+    reads = [plan.frame.window_to_slice(tile.read) for tile in plan.tiles]
+    overlaps = measure_overlaps(candidates.claims)
+    rows = zip(overlaps.first.tolist(), overlaps.second.tolist(), overlaps.areas_px.tolist(), strict=True)
+    for i, j, shared in rows:
+        if tile_index[i] == tile_index[j]:
+            continue
+        strip = intersection(reads[tile_index[i]], reads[tile_index[j]])
+        union = _area_inside(candidates.claims[i], strip) + _area_inside(candidates.claims[j], strip) - shared
+        if shared >= LEAST_AGREEMENT * union:
+            root[root == root[j]] = root[i]
+    if (root == np.arange(len(root))).all():
+        return candidates
+    return _join(candidates, root)
+
+
+def _area_inside(claim: Claim, window: Window) -> int:
+    """Count the pixels of a claim inside a window."""
+    return int(np.count_nonzero(claim.part(intersection(claim.window, window))))
+
+
+def _join(candidates: Candidates, root: NDArray[np.intp]) -> Candidates:
+    """Merge the candidates of equal root into one each."""
+    claims: list[Claim] = []
+    boxes, scores, quality = [], [], []
+    for group in np.unique(root):
+        (members,) = np.nonzero(root == group)
+        parts = candidates.take(members)
+        claims.append(_union(parts.claims) if len(members) > 1 else parts.claims[0])
+        corners = parts.detections.boxes_xyxy
+        boxes.append(np.concatenate([corners[:, :2].min(axis=0), corners[:, 2:].max(axis=0)]))
+        scores.append(parts.detections.scores.max())
+        quality.append(np.average(parts.predicted_iou, weights=np.maximum(parts.areas_px, 1)))
+    joined = Detections(np.array(boxes, np.float32), np.array(scores, np.float32))
+    return Candidates(tuple(claims), joined, np.array(quality, np.float32))
+
+
+def _union(claims: tuple[Claim, ...]) -> Claim:
+    """Return one claim with the larger evidence at each pixel."""
+    y0, x0 = min(c.window.y0 for c in claims), min(c.window.x0 for c in claims)
+    y1, x1 = max(c.window.y1 for c in claims), max(c.window.x1 for c in claims)
+    whole = Claim(Window(y0, x0, y1 - y0, x1 - x0), np.zeros((y1 - y0, x1 - x0), np.uint8))
+    for claim in claims:
+        part = whole.part(claim.window)
+        np.maximum(part, claim.evidence, out=part)
+    return whole
