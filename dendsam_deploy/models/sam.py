@@ -47,7 +47,7 @@ ENCODER_SHAPES: dict[ModelType, EncoderShape] = {
     "vit_b": EncoderShape(768, 12, 12, (2, 5, 8, 11), 14, 1024),
     "vit_l": EncoderShape(1024, 24, 16, (5, 11, 17, 23), 14, 1024),
     "vit_h": EncoderShape(1280, 32, 16, (7, 15, 23, 31), 14, 1024),
-    "tiny": EncoderShape(192, 8, 3, (3, 7), 8, 512),
+    "tiny": EncoderShape(192, 8, 3, (3, 7), 8, 384),
 }
 
 

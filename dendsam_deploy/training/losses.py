@@ -1,0 +1,91 @@
+"""What SAM is trained to minimise: masks on the box's region, the estimate of their own quality, and dense hints for young encoders."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class MaskLosses(NamedTuple):
+    """Losses of n masks; every field has shape (n,)."""
+
+    dice: Tensor
+    cross_entropy: Tensor
+    iou_error: Tensor
+    iou: Tensor
+
+
+def mask_losses(logits: Tensor, target: Tensor, predicted_iou: Tensor) -> MaskLosses:
+    """Compare mask logits with the truth.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (n, h, w)
+        Mask logits.
+    target : Tensor, shape (n, h, w)
+        Part of each cell that the object covers, 0 to 1.
+    predicted_iou : Tensor, shape (n,)
+        The model's estimate of the IoU.
+
+    Returns
+    -------
+    MaskLosses
+        Soft Dice loss ``1 - 2 sum(p t) / (sum(p^2) + sum(t^2))``, mean binary cross entropy, squared error of the predicted IoU against the IoU of the
+        binary masks, and that IoU.
+
+    References
+    ----------
+    Milletari et al. 2016, V-Net, arXiv:1606.04797 (Dice). Archit et al. 2025, micro-sam, doi:10.1038/s41592-024-02580-4 (Dice + IoU regression).
+    """
+    probability, truth, flat = logits.sigmoid().flatten(1), target.flatten(1), logits.flatten(1)
+    overlap = 2 * (probability * truth).sum(1)
+    dice = 1 - (overlap + 1) / (probability.square().sum(1) + truth.square().sum(1) + 1)
+    cross_entropy = functional.binary_cross_entropy_with_logits(flat, truth, reduction="none").mean(1)
+    with torch.no_grad():
+        inside, object_ = flat > 0, truth > 0.5
+        union = (inside | object_).sum(1).clamp(min=1)
+        iou = (inside & object_).sum(1) / union
+    return MaskLosses(dice, cross_entropy, (predicted_iou - iou).square(), iou)
+
+
+class DenseHints(nn.Module):
+    """A throw-away head that asks the embedding where borders are and where each pixel's object is centred.
+
+    A mask loss reaches the encoder only through a decoder that at first does not know what a box is. These two dense targets give
+    every cell of an untrained encoder a gradient from the first step. The head is not part of the model and is never exported.
+
+    References
+    ----------
+    The centre offsets are those of Neven et al. 2019, "Instance Segmentation by Jointly Optimizing Spatial Embeddings", arXiv:1906.11109.
+    """
+
+    OFFSET_UNIT_PX = 32.0
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.upscale = nn.ConvTranspose2d(channels, 48, kernel_size=4, stride=4)
+        self.predict = nn.Conv2d(48, 3, kernel_size=1)
+
+    def forward(self, embeddings: Tensor, border: Tensor, offset: Tensor, inside: Tensor) -> Tensor:
+        """Return the loss of embeddings ``(b, C, g, g)``.
+
+        Parameters
+        ----------
+        embeddings : Tensor, shape (b, C, g, g)
+            Encoder output.
+        border : Tensor, shape (b, 4g, 4g)
+            1 where a cell holds a border between objects, else 0.
+        offset : Tensor, shape (b, 2, 4g, 4g)
+            Vector to the centre of the cell's object, tile px.
+        inside : Tensor, shape (b, 4g, 4g)
+            1 where `offset` means something.
+        """
+        prediction = self.predict(functional.gelu(self.upscale(embeddings)))
+        border_loss = functional.binary_cross_entropy_with_logits(prediction[:, 0], border)
+        distance = functional.smooth_l1_loss(
+            prediction[:, 1:], (offset / self.OFFSET_UNIT_PX).clamp(-3, 3), reduction="none"
+        ).sum(1)
+        return border_loss + 0.5 * (distance * inside).sum() / inside.sum().clamp(min=1)

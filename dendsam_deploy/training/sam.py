@@ -1,0 +1,375 @@
+"""Fine-tuning of SAM on labelled slices with the boxes that a detector draws, through the very graph that is deployed.
+
+One step: cut tiles, encode them, draw a few objects of each, prompt the decoder with their boxes (or, in some steps, one point each) and compare
+its logits with the truth on each box's region. Sections are split into contiguous blocks; the checkpoint that
+segments the held-out block best is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dendsam_deploy.errors import InvalidArgumentError
+from dendsam_deploy.geometry import LOGIT_STRIDE_PX
+from dendsam_deploy.models.box_decoder import CELLS_PER_TOKEN, BoxDecoderGraph, DecodedTokens
+from dendsam_deploy.models.image_encoder import ImageEncoderGraph
+from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
+from dendsam_deploy.training import judge
+from dendsam_deploy.training.averages import MovingAverage
+from dendsam_deploy.training.losses import DenseHints, MaskLosses, mask_losses
+from dendsam_deploy.training.samples import (
+    MIN_OBJECT_PX,
+    LabelledVolume,
+    Tile,
+    TileObjects,
+    TileRecipe,
+    boxes_by_region,
+    dense_targets,
+    jittered_boxes,
+    random_points,
+    random_tile,
+    coverage,
+    tile_objects,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from segment_anything.modeling import Sam
+
+@dataclass(frozen=True, slots=True)
+class SamTrainingOptions:
+    """Choices of a training run; the schedule ends at whichever of `minutes` and `steps` comes first.
+
+    Parameters
+    ----------
+    minutes : float or None
+        Time to train, without the last judgement.
+    steps : int or None
+        Number of optimiser steps. With `minutes` None the result depends on the seed alone.
+    tiles_per_step, objects_per_tile : int
+        Batch: tiles encoded, and objects prompted on each.
+    learning_rate : float or None
+        Peak rate of AdamW. None: 1e-5 as published for the official architectures, 4e-4 for ``tiny``.
+    box_jitter : (float, float)
+        Error of prompted boxes, as fractions of their sides.
+    exact_fraction : float
+        Part of the boxes that stay exact.
+    point_fraction : float
+        Part of the steps that prompt with one point instead of a box.
+    judge_minutes : float
+        Time between judgements on the held-out slices.
+    judge_slices : int
+        Most held-out slices used by a judgement; the last judgement uses all.
+    seed : int
+        Source of every random choice.
+    device : str
+        ``cpu`` or ``cuda[:N]``.
+    """
+
+    minutes: float | None = 30.0
+    steps: int | None = None
+    tiles_per_step: int = 2
+    objects_per_tile: int = 16
+    learning_rate: float | None = None
+    box_jitter: tuple[float, float] = (0.05, 0.15)
+    exact_fraction: float = 0.3
+    point_fraction: float = 0.1
+    judge_minutes: float = 3.0
+    judge_slices: int = 6
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.minutes is None and self.steps is None:
+            raise InvalidArgumentError("training needs an end: give minutes, steps or both")
+        if self.tiles_per_step < 1 or self.objects_per_tile < 1:
+            raise InvalidArgumentError("a training step needs at least one tile and one object")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSource:
+    """One labelled volume to learn from: the slices to train on, those to judge by, and how tiles are cut."""
+
+    train: LabelledVolume
+    held_out: LabelledVolume
+    recipe: TileRecipe
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedSam:
+    """The best state of a training run and how it came about."""
+
+    state: dict[str, Tensor]
+    held_out_iou: float
+    first_held_out_iou: float
+    steps: int
+    seconds: float
+    history: tuple[judge.Judgement, ...]
+
+
+class TrainingState(NamedTuple):
+    """Everything that an interrupted run needs to go on exactly where it was; plain values and tensors only."""
+
+    step: int
+    elapsed_s: float
+    model: dict[str, Tensor]
+    average: dict[str, Tensor]
+    hints: dict[str, Tensor]
+    optimiser: dict[str, object]
+    best: dict[str, Tensor]
+    history: list[tuple[int, float, float]]
+
+
+class Batch(NamedTuple):
+    """What one step learns from."""
+
+    images: Tensor
+    sizes: Tensor
+    hints: tuple[Tensor, Tensor, Tensor]
+    tiles: tuple[Tile, ...]
+    objects: tuple[TileObjects, ...]
+    prompts: Tensor
+    use_points: bool
+
+
+class SamTrainer:
+    """The training loop over any number of labelled volumes.
+
+    Parameters
+    ----------
+    sam : Sam
+        Model to train, changed in place.
+    sources : sequence of TrainingSource
+        Volumes, drawn from in proportion to their weights.
+    options : SamTrainingOptions
+        Schedule and batch.
+    with_hints : bool
+        Train the encoder on borders and object centres too; for encoders that start from little.
+    """
+
+    def __init__(self, sam: Sam, sources: Sequence[TrainingSource], options: SamTrainingOptions, with_hints: bool) -> None:
+        self.options, self.sources = options, tuple(sources)
+        self.device = torch.device(options.device)
+        self.sam = sam.to(self.device)
+        self.encoder, self.decoder = ImageEncoderGraph(self.sam), BoxDecoderGraph(self.sam).to(self.device)
+        self.hints = DenseHints(256).to(self.device) if with_hints else None
+        rate = options.learning_rate or (4e-4 if with_hints else 1e-5)
+        parameters = [*self.sam.parameters(), *(self.hints.parameters() if self.hints else ())]
+        self.optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
+        self.peak_rate = rate
+        self.average = MovingAverage(self.sam)
+        self.weights = np.array([source.weight for source in sources]) / sum(source.weight for source in sources)
+
+    def run(
+        self,
+        progress: ProgressCallback = no_progress,
+        resume: TrainingState | None = None,
+        checkpoint: judge.CheckpointCallback | None = None,
+    ) -> TrainedSam:
+        """Train to the end of the schedule and return the weights that did best on the held-out slices.
+
+        Parameters
+        ----------
+        progress : callable
+            Told about every step.
+        resume : TrainingState, optional
+            Where an interrupted run stopped.
+        checkpoint : callable, optional
+            Given the `TrainingState` after every judgement.
+        """
+        options = self.options
+        history = [judge.Judgement(*row) for row in resume.history] if resume else []
+        step, elapsed_before = (resume.step, resume.elapsed_s) if resume else (0, 0.0)
+        if resume:
+            self._restore(resume)
+        best = dict(resume.best) if resume else self._averaged_state()
+        if not history:
+            history.append(judge.Judgement(0, 0.0, self.held_out_iou(options.judge_slices)))
+        started = last_judged = time.monotonic()
+        loss_mean, iou_mean = math.nan, math.nan
+        while (done := self._fraction_done(step, elapsed_before + time.monotonic() - started)) < 1:
+            loss, iou = self._step(step, done)
+            step += 1
+            loss_mean = loss if math.isnan(loss_mean) else 0.98 * loss_mean + 0.02 * loss
+            iou_mean = iou if math.isnan(iou_mean) else 0.98 * iou_mean + 0.02 * iou
+            elapsed = elapsed_before + time.monotonic() - started
+            left_min = elapsed / 60 * (1 - done) / max(done, 1e-6)
+            best_iou = max(entry.held_out_iou for entry in history)
+            note = f"step {step}, loss {loss_mean:.3f}, IoU {iou_mean:.3f}, held-out {best_iou:.3f}, {left_min:.1f} min left"
+            progress(Progress("train", done, 1.0, note))
+            if time.monotonic() - last_judged > options.judge_minutes * 60:
+                best = self._judged(step, elapsed, options.judge_slices, history, best)
+                if checkpoint is not None:
+                    checkpoint(self._snapshot(step, elapsed, history, best))
+                last_judged = time.monotonic()
+        elapsed = elapsed_before + time.monotonic() - started
+        best = self._judged(step, elapsed, options.judge_slices, history, best)
+        winner = max(history, key=lambda entry: entry.held_out_iou)
+        return TrainedSam(best, winner.held_out_iou, history[0].held_out_iou, step, elapsed, tuple(history))
+
+    def held_out_iou(self, slices: int) -> float:
+        """Return the mean IoU, with exact boxes, of the averaged weights over the held-out objects of all sources."""
+        with self.average.swapped_in(self.sam):
+            scores = [judge.box_prompt_iou(self.encoder, self.decoder, s.held_out, s.recipe, slices) for s in self.sources]
+        every = np.concatenate(scores)
+        return float(every.mean()) if len(every) else 0.0
+
+    def _judged(
+        self, step: int, elapsed: float, slices: int, history: list[judge.Judgement], best: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Judge the averaged weights, note it, and return the best weights so far."""
+        iou = self.held_out_iou(slices)
+        improved = iou >= max(entry.held_out_iou for entry in history)
+        history.append(judge.Judgement(step, elapsed, iou))
+        return self._averaged_state() if improved else best
+
+    def _averaged_state(self) -> dict[str, Tensor]:
+        return {name: value.detach().cpu().clone() for name, value in self.average.state(self.sam).items()}
+
+    def _fraction_done(self, step: int, elapsed_s: float) -> float:
+        by_step = step / self.options.steps if self.options.steps else 0.0
+        by_time = elapsed_s / (60 * self.options.minutes) if self.options.minutes else 0.0
+        return max(by_step, by_time)
+
+    def _step(self, step: int, done: float) -> tuple[float, float]:
+        """Take one optimiser step; return its loss and the mean IoU of its masks."""
+        warm = min(1.0, (step + 1) / 100)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.peak_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        batch = self._draw_batch(np.random.default_rng([self.options.seed, step]))
+        self.sam.train()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            embeddings = self.encoder(batch.images, batch.sizes)
+        embeddings = embeddings.float()
+        losses = self._mask_losses(embeddings, batch)
+        loss = (losses.dice + 2 * losses.cross_entropy + losses.iou_error).mean()
+        if self.hints is not None:
+            loss = loss + 0.5 * self.hints(embeddings, *batch.hints)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.sam.parameters(), 1.0)
+        self.optimiser.step()
+        self.average.update(self.sam)
+        return float(loss.detach()), float(losses.iou.mean())
+
+    def _draw_batch(self, rng: np.random.Generator) -> Batch:
+        """Draw the tiles, objects and prompts of a step."""
+        options = self.options
+        use_points = bool(rng.random() < options.point_fraction)
+        tiles: list[Tile] = []
+        chosen: list[TileObjects] = []
+        prompts: list[NDArray[np.float32]] = []
+        # A tile without objects teaches a box decoder nothing; a volume without any was refused before.
+        while len(tiles) < options.tiles_per_step:
+            source = self.sources[int(rng.choice(len(self.sources), p=self.weights))]
+            tile = random_tile(source.train, source.recipe, rng)
+            objects = tile_objects(tile, MIN_OBJECT_PX * source.recipe.zoom**2 / 2)
+            if not len(objects.numbers):
+                continue
+            picked = rng.permutation(len(objects.numbers))[: options.objects_per_tile]
+            objects = TileObjects(*(column[picked] for column in objects))
+            tiles.append(tile)
+            chosen.append(objects)
+            if use_points:
+                prompts.append(random_points(tile.objects, objects.numbers, objects.boxes_xyxy, rng))
+            else:
+                prompts.append(jittered_boxes(objects.boxes_xyxy, options.box_jitter, options.exact_fraction, rng))
+        hints = [dense_targets(tile, LOGIT_STRIDE_PX) for tile in tiles] if self.hints is not None else []
+        border, offset, inside = (np.stack(column) for column in zip(*hints, strict=True)) if hints else (np.zeros(0),) * 3
+        return Batch(
+            images=self._tensor(np.stack([tile.image for tile in tiles])),
+            sizes=torch.tensor([tile.size_hw for tile in tiles], device=self.device),
+            hints=(self._tensor(border), self._tensor(offset), self._tensor(inside)),
+            tiles=tuple(tiles),
+            objects=tuple(chosen),
+            prompts=self._tensor(np.concatenate(prompts)),
+            use_points=use_points,
+        )
+
+    def _mask_losses(self, embeddings: Tensor, batch: Batch) -> MaskLosses:
+        """Decode every prompt of a batch and compare with the truth, object by object."""
+        counts = torch.tensor([len(objects.numbers) for objects in batch.objects])
+        tile_index = torch.repeat_interleave(torch.arange(len(counts)), counts).to(self.device)
+        embed = self.decoder.point_tokens if batch.use_points else self.decoder.box_tokens
+        decoded = self.decoder.decode_prompts(embeddings, embed(batch.prompts), tile_index)
+        boxes = np.concatenate([objects.boxes_xyxy for objects in batch.objects])
+        # SAM answers a box with its first mask token and a point with the best of the other three.
+        masks = (1, 2, 3) if batch.use_points else (0,)
+        parts = []
+        for side, rows in boxes_by_region(boxes, self.decoder.grid):
+            part = [self._region_losses(decoded, rows, boxes, side, batch, mask) for mask in masks]
+            parts.append(_best_of(part))
+        return MaskLosses(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _region_losses(
+        self, decoded: DecodedTokens, rows: NDArray[np.intp], boxes: NDArray[np.float32], side: int, batch: Batch, mask: int
+    ) -> MaskLosses:
+        """Compare one mask token of some prompts with the truth on regions of one size."""
+        index = torch.from_numpy(rows).to(self.device)
+        origin = self.decoder.region_origin(self._tensor(boxes[rows]), torch.tensor(side, device=self.device))
+        kernel = self.sam.mask_decoder.output_hypernetworks_mlps[mask](decoded.masks[index, mask])
+        cells = self.decoder.region_tokens(decoded.image[index], origin, torch.arange(side, device=self.device))
+        logits = self.decoder.mask_logits(cells, kernel)
+        numbers = np.concatenate([objects.numbers for objects in batch.objects])
+        tile_of = np.repeat(np.arange(len(batch.tiles)), [len(objects.numbers) for objects in batch.objects])
+        truth = np.stack(
+            [
+                coverage(
+                    batch.tiles[tile_of[row]].objects,
+                    int(numbers[row]),
+                    (int(y) * CELLS_PER_TOKEN, int(x) * CELLS_PER_TOKEN),
+                    side * CELLS_PER_TOKEN,
+                    LOGIT_STRIDE_PX,
+                )
+                for row, (y, x) in zip(rows, origin.cpu().numpy(), strict=True)
+            ]
+        )
+        return mask_losses(logits, self._tensor(truth), decoded.iou[index, mask])
+
+    def _snapshot(
+        self, step: int, elapsed_s: float, history: list[judge.Judgement], best: dict[str, Tensor]
+    ) -> TrainingState:
+        return TrainingState(
+            step,
+            elapsed_s,
+            self.sam.state_dict(),
+            self.average.values,
+            self.hints.state_dict() if self.hints else {},
+            self.optimiser.state_dict(),
+            best,
+            [dataclasses.astuple(entry) for entry in history],
+        )
+
+    def _restore(self, state: TrainingState) -> None:
+        self.sam.load_state_dict(state.model)
+        self.average.values = {name: value.to(self.device) for name, value in state.average.items()}
+        self.average.updates = state.step
+        if self.hints is not None:
+            self.hints.load_state_dict(state.hints)
+        self.optimiser.load_state_dict(state.optimiser)
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def _best_of(alternatives: list[MaskLosses]) -> MaskLosses:
+    """Take, per object, the mask losses of the alternative with the least Dice loss; the IoU errors are averaged over all."""
+    if len(alternatives) == 1:
+        return alternatives[0]
+    dice = torch.stack([losses.dice for losses in alternatives])
+    best = dice.argmin(0, keepdim=True)
+    picked = [torch.stack(column).gather(0, best)[0] for column in zip(*alternatives, strict=True)]
+    error = torch.stack([losses.iou_error for losses in alternatives]).mean(0)
+    return MaskLosses(picked[0], picked[1], error, picked[3])
