@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def to_uint8(image: NDArray[np.generic], name: str = "the slice") -> NDArray[np.uint8]:
     """Stretch a slice from its own minimum and maximum to 0 ... 255, truncating; uint8 stays as it is.
 
-    This is the arithmetic of micro-sam in its order of operations, in float32, so that a fine-tuned model sees at deployment the very bytes
-    that it saw in training. A constant slice becomes zeros.
+    This is micro-sam's arithmetic in its order of operations, so that a fine-tuned model sees at deployment the very
+    bytes that it saw in training. A constant slice becomes zeros.
 
     Parameters
     ----------
@@ -48,7 +48,8 @@ def to_uint8(image: NDArray[np.generic], name: str = "the slice") -> NDArray[np.
         peak = stretched.max()
         if not np.isfinite(peak):
             raise VolumeError(
-                f"{name} holds NaN, infinite or too large values, expected finite grey values; replace them, for example by 0"
+                f"{name} holds NaN, infinite or too large values, expected finite grey values; "
+                "replace them, for example by 0"
             )
         if peak > 0:
             stretched /= peak

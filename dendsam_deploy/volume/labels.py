@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from dendsam_deploy.errors import InvalidArgumentError, StorageError
+from dendsam_deploy.volume.ngff import is_zarr
+from dendsam_deploy.volume.ngff_labels import NgffLabelSink
 from dendsam_deploy.volume.tiff_labels import TiffLabelSink
 from dendsam_deploy.volume.volume import LabelVolumeSpec, LabelWriter
 
@@ -19,7 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["LabelVolumeSpec", "create_labels", "smallest_label_dtype"]
 
-_LABEL_DTYPES = tuple(np.dtype(kind) for kind in (np.uint8, np.uint16, np.uint32))
+_MAX_LABEL: dict[np.dtype[np.generic], int] = {
+    np.dtype(np.uint8): 2**8 - 1,
+    np.dtype(np.uint16): 2**16 - 1,
+    np.dtype(np.uint32): 2**32 - 1,
+}
+"""The types that labels are written in, smallest first, and the largest label of each."""
 
 
 def smallest_label_dtype(max_label: int) -> np.dtype[np.generic]:
@@ -28,12 +37,12 @@ def smallest_label_dtype(max_label: int) -> np.dtype[np.generic]:
     Raises
     ------
     InvalidArgumentError
-        Negative, or more than 32 bits: viewers do not show those.
+        Negative, or more than 32 bits, which viewers do not show.
     """
-    for dtype in _LABEL_DTYPES:
-        if 0 <= max_label <= np.iinfo(dtype).max:
+    for dtype, limit in _MAX_LABEL.items():
+        if 0 <= max_label <= limit:
             return dtype
-    raise InvalidArgumentError(f"no label type holds {max_label}; labels lie between 0 and {np.iinfo(np.uint32).max:,}")
+    raise InvalidArgumentError(f"no label type holds {max_label}; labels lie between 0 and {2**32 - 1:,}")
 
 
 def create_labels(path: Path | str, spec: LabelVolumeSpec) -> LabelWriter:
@@ -42,22 +51,27 @@ def create_labels(path: Path | str, spec: LabelVolumeSpec) -> LabelWriter:
     Parameters
     ----------
     path : Path or str
-        Where the finished volume will be. A file of that name is replaced when the new one is whole, not before.
+        Where the finished volume will be. What has that name is replaced when the new volume is whole, not before.
     spec : LabelVolumeSpec
         What it will be.
 
     Raises
     ------
     InvalidArgumentError
-        A dtype or shape that no label volume can have.
+        A dtype or shape that no label volume can have, or a name that something else has.
     StorageError
         The place cannot be written to.
     """
-    if spec.dtype not in _LABEL_DTYPES:
+    path = Path(path)
+    if spec.dtype not in _MAX_LABEL:
         raise InvalidArgumentError(f"labels of type {spec.dtype} cannot be written; choose uint8, uint16 or uint32")
     if min(spec.shape_zyx) < 1:
-        raise InvalidArgumentError(f"a label volume cannot have the shape {spec.shape_zyx}")
-    return _Publisher(Path(path), spec)
+        raise InvalidArgumentError(
+            f"a label volume cannot have the shape {spec.shape_zyx}; expected 1 or more along z, y, x"
+        )
+    if path.is_dir() and not is_zarr(path):
+        raise InvalidArgumentError(f"{path}: is a folder with other content; choose another name for the labels")
+    return _Publisher(path, spec)
 
 
 class _Sink(Protocol):
@@ -69,26 +83,34 @@ class _Sink(Protocol):
 
 
 class _Publisher:
-    """Checks slices, hands them to the sink of the format, and renames the result on a clean exit; see `LabelWriter`."""
+    """Checks slices, hands them to the sink of the format, and renames the result on a clean exit; a `LabelWriter`."""
 
     def __init__(self, path: Path, spec: LabelVolumeSpec) -> None:
         self._path = path
         self._spec = spec
         self._partial = path.with_name(path.name + ".partial")
         self._next_z = 0
-        self._sink = _open_sink(self._partial, spec)
+        try:
+            _remove(self._partial)
+            create_sink = TiffLabelSink if spec.format == "tif" else NgffLabelSink
+            self._sink: _Sink = create_sink(self._partial, spec)
+        except OSError as error:
+            raise _storage_error(path, error) from error
 
     def write(self, z: int, labels: NDArray[np.uint32]) -> None:
         """Write the labels of slice `z`; see `LabelWriter`."""
-        depth, *shape_hw = self._spec.shape_zyx
+        depth, height, width = self._spec.shape_zyx
         if z != self._next_z or z >= depth:
-            raise InvalidArgumentError(f"{self._path}: slice {z} of {depth} came where slice {self._next_z} was due")
-        if labels.shape != tuple(shape_hw):
+            raise InvalidArgumentError(f"{self._path}: got slice {z} of {depth}, expected slice {self._next_z}")
+        if labels.shape != (height, width):
             raise InvalidArgumentError(
-                f"{self._path}: slice {z} has the shape {labels.shape}, expected {tuple(shape_hw)}"
+                f"{self._path}: slice {z} has the shape {labels.shape}, expected {(height, width)}"
             )
-        if labels.max() > np.iinfo(self._spec.dtype).max or labels.min() < 0:
-            raise InvalidArgumentError(f"{self._path}: slice {z} holds labels that {self._spec.dtype} cannot hold")
+        if labels.min() < 0 or labels.max() > _MAX_LABEL[self._spec.dtype]:
+            raise InvalidArgumentError(
+                f"{self._path}: slice {z} holds labels from {labels.min()} to {labels.max()}, "
+                f"expected 0 to {_MAX_LABEL[self._spec.dtype]} ({self._spec.dtype})"
+            )
         try:
             self._sink.append(labels.astype(self._spec.dtype, copy=False))
         except OSError as error:
@@ -104,23 +126,54 @@ class _Publisher:
         try:
             self._sink.close()
             if kind is None and self._next_z == self._spec.shape_zyx[0]:
-                self._partial.replace(self._path)
-                return
+                _publish(self._partial, self._path)
+            else:
+                _remove(self._partial)
         except OSError as failure:
             raise _storage_error(self._path, failure) from failure
-        self._partial.unlink(missing_ok=True)
-        if kind is None:
+        if kind is None and self._next_z < self._spec.shape_zyx[0]:
             raise InvalidArgumentError(
-                f"{self._path}: only {self._next_z} of {self._spec.shape_zyx[0]} slices were written"
+                f"{self._path}: {self._next_z} of {self._spec.shape_zyx[0]} slices were written; nothing was published"
             )
 
 
-def _open_sink(path: Path, spec: LabelVolumeSpec) -> _Sink:
-    """Create the file of a format under its temporary name."""
+def _publish(partial: Path, path: Path) -> None:
+    """Give a finished file or folder its name, durably; what had the name before goes."""
+    for parent, _, names in os.walk(partial):
+        for name in names:
+            _flush(Path(parent, name))
+        _flush(Path(parent))
+    if partial.is_file():
+        _flush(partial)
+        partial.replace(path)
+    else:
+        # A folder cannot replace a folder in one step: the old one steps aside first.
+        aside = path.with_name(path.name + ".old")
+        _remove(aside)
+        if path.exists():
+            path.rename(aside)
+        partial.rename(path)
+        _remove(aside)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Ask the operating system to bring a file or folder to the disk."""
+    if os.name == "nt":  # Windows flushes neither folders nor files that are open for reading.
+        return
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        return TiffLabelSink(path, spec)
-    except OSError as error:
-        raise _storage_error(path, error) from error
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _storage_error(path: Path, error: OSError) -> StorageError:

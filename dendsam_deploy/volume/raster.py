@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 from dendsam_deploy.errors import VolumeError
-from dendsam_deploy.volume.limits import check_expansion, check_shape, one_line
+from dendsam_deploy.volume.checks import check_expansion, check_shape, translated
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-_PNG_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, MemoryError, OverflowError)
-"""What Pillow raises on files that are no PNG, cut or damaged."""
+_REMEDY = "save it again as 8- or 16-bit grey PNG"
 
 _GREY_DTYPES = {"1": np.bool_, "L": np.uint8, "I;16": np.uint16, "I": np.uint16}
 """Pillow's modes for grey PNG files of 1, up to 8 and 16 bits. Older versions say ``I`` for 16 bits."""
@@ -31,9 +28,9 @@ def png_header(path: Path) -> tuple[tuple[int, int], np.dtype[np.generic]]:
     Raises
     ------
     VolumeError
-        No PNG, or a PNG in colour.
+        No PNG, or a PNG in colour or of absurd size.
     """
-    with path.open("rb") as file:
+    with translated(str(path), "reading the PNG", _REMEDY), path.open("rb") as file:
         image = _open_png(file, path)
         return (image.height, image.width), np.dtype(_GREY_DTYPES[image.mode])
 
@@ -49,33 +46,24 @@ def decode_png(path: Path) -> NDArray[np.generic]:
     Raises
     ------
     VolumeError
-        No PNG, a PNG in colour, or cut or damaged.
+        No PNG, a PNG in colour or of absurd size, or cut or damaged.
     """
-    with path.open("rb") as file:
+    with translated(str(path), "decoding the PNG", _REMEDY), path.open("rb") as file:
         image = _open_png(file, path)
-        try:
-            image.load()
-        except _PNG_ERRORS as error:
-            raise VolumeError(
-                f"{path}: decoding the PNG failed ({one_line(error)}); it is cut or damaged, copy it again from its source"
-            ) from error
+        image.load()
         return np.asarray(image).astype(_GREY_DTYPES[image.mode], copy=False)
 
 
 def _open_png(file: io.BufferedReader, path: Path) -> Image.Image:
     """Read the header of a PNG and refuse what is not grey or of absurd size.
 
-    The PNG plugin is called directly: `Image.open` guesses among dozens of formats, and refuses large sections by a global limit.
+    The PNG plugin is called directly: `Image.open` guesses among dozens of formats, and a global limit makes it refuse
+    large sections.
     """
-    try:
-        image = PngImagePlugin.PngImageFile(file)
-    except _PNG_ERRORS as error:
-        raise VolumeError(
-            f"{path}: is no readable PNG file ({one_line(error)}); save it again as 8- or 16-bit grey PNG"
-        ) from error
+    image = PngImagePlugin.PngImageFile(file)
     if image.mode not in _GREY_DTYPES:
         raise VolumeError(
-            f"{path}: is a PNG in colour (mode {image.mode}), expected grey values; convert it to 8-bit greyscale"
+            f"{path}: is in colour (mode {image.mode}), expected grey values; convert it to 8-bit greyscale"
         )
     dtype = np.dtype(_GREY_DTYPES[image.mode])
     check_shape(str(path), (1, image.height, image.width), dtype)
@@ -107,7 +95,8 @@ def resize_bilinear(image: NDArray[np.uint8], shape_hw: tuple[int, int]) -> NDAr
 
     References
     ----------
-    https://github.com/facebookresearch/segment-anything, ``segment_anything/utils/transforms.py``, ``ResizeLongestSide.apply_image``
+    https://github.com/facebookresearch/segment-anything, ``segment_anything/utils/transforms.py``,
+    ``ResizeLongestSide``
     """
     if image.shape == shape_hw:
         return image

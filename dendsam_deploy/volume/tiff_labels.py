@@ -7,7 +7,7 @@ from xml.sax.saxutils import quoteattr
 
 import tifffile
 
-from dendsam_deploy.volume.limits import decoded_size
+from dendsam_deploy.volume.checks import decoded_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dendsam_deploy.volume.volume import LabelVolumeSpec
 
 _CLASSIC_LIMIT = 2**32 - 2**25
-"""Bytes of image data up to which a classic TIFF is written: its offsets have 32 bits, and directories need room too."""
+"""Bytes of image data up to which a classic TIFF is written: its offsets have 32 bits, and directories need room."""
 
 _STRIP_BYTES = 2**18
 """Uncompressed size of a strip: small enough that a window costs little, large enough to compress well."""
@@ -27,11 +27,15 @@ _STRIP_BYTES = 2**18
 class TiffLabelSink:
     """Appends label slices to a TIFF file.
 
-    uint8 and uint16 volumes below 4 GB get ImageJ's description, everything else OME-XML: ImageJ has no 32-bit integers and no BigTIFF. Pages are
-    compressed with deflate, which labels shrink under by a factor of ten to a hundred: ImageJ reads a compressed stack through its
-    page directories (it expects one uncompressed run of samples only of stacks that are not compressed), and so do Fiji, napari and MIB.
+    uint8 and uint16 volumes below 4 GB get ImageJ's description, all others OME-XML: ImageJ has neither 32-bit integers
+    nor BigTIFF. Pages are compressed with deflate, under which labels shrink ten to a hundred times. ImageJ reads a
+    compressed stack page by page; only of uncompressed ones does it expect a single run of samples.
 
-    Neither date nor unique identifier is written: equal labels give equal bytes.
+    Neither a date nor a unique identifier is written: equal labels give equal bytes.
+
+    References
+    ----------
+    https://github.com/imagej/ImageJ, ``ij/io/TiffDecoder.java``, ``saveImageDescription``
     """
 
     def __init__(self, path: Path, spec: LabelVolumeSpec) -> None:
@@ -94,6 +98,6 @@ def _ome_xml(spec: LabelVolumeSpec) -> str:
     return (
         '<?xml version="1.0" encoding="UTF-8"?>'
         '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0" Name="labels">'
-        f'<Pixels {pixels}><Channel ID="Channel:0:0" SamplesPerPixel="1"/><TiffData IFD="0" PlaneCount="{depth}"/></Pixels>'
-        "</Image></OME>"
+        f'<Pixels {pixels}><Channel ID="Channel:0:0" SamplesPerPixel="1"/>'
+        f'<TiffData IFD="0" PlaneCount="{depth}"/></Pixels></Image></OME>'
     )

@@ -1,4 +1,4 @@
-"""Voxel sizes as the formats spell them, converted to nanometres. A size that a file does not record is None, never a guess."""
+"""Voxel sizes as the formats spell them, in nanometres. What a file does not record is None, never a guess."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class RecordedSize:
     def as_zyx(self, slice_count: int) -> tuple[float, float, float] | None:
         """Return the size ``(z, y, x)`` of the voxels of a volume of so many slices, or None where it is incomplete.
 
-        A single slice without a recorded thickness takes its row spacing instead: nothing is measured across slices there, and
-        dropping the size of the pixels would lose what the file does record.
+        A single slice without a recorded thickness takes its row spacing instead: nothing is measured across slices
+        there, and dropping the size of the pixels would lose what the file does record.
         """
         if self.z is None:
             return (self.y, self.y, self.x) if slice_count == 1 else None
@@ -60,8 +60,8 @@ def size_from_imagej(
 ) -> RecordedSize | None:
     """Return the voxel size that ImageJ's description and the resolution tags of the first page tell together.
 
-    ImageJ keeps pixels per unit in the tags and the unit and the spacing of slices in the description. The tags alone are not a
-    voxel size: every scanner and paint program writes dots per inch there.
+    ImageJ keeps pixels per unit in the tags, the unit and the spacing of slices in the description. The tags alone are
+    no voxel size: every scanner and paint program writes dots per inch there.
 
     Parameters
     ----------
