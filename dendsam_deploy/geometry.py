@@ -281,3 +281,49 @@ def region_cells(box_xyxy: Sequence[float], margin_px: float, region_sizes: Sequ
     # The region's corner is rounded to a whole cell, which can cost half a cell on either side.
     needed = math.ceil(longest_px / EMBEDDING_STRIDE_PX) + 1
     return next((size for size in region_sizes if size >= needed), region_sizes[-1])
+
+
+def region_origins(boxes_xyxy: NDArray[np.float32], region: int, cells: int) -> NDArray[np.int64]:
+    """Place the decoder's regions: each centred on its box, rounded to whole embedding cells, moved into the grid.
+
+    Parameters
+    ----------
+    boxes_xyxy : ndarray, shape (N, 4), float32
+        Boxes in tile px.
+    region : int
+        Side of the regions in embedding cells.
+    cells : int
+        Side of the grid in embedding cells.
+
+    Returns
+    -------
+    ndarray, shape (N, 2), int64
+        First row and column of each region in the tile's S/4 grid of mask logits.
+    """
+    centre_yx = (boxes_xyxy[:, [1, 0]] + boxes_xyxy[:, [3, 2]]) / np.float32(2 * EMBEDDING_STRIDE_PX)
+    first = np.floor(centre_yx - np.float32(region / 2) + np.float32(0.5)).astype(np.int64)
+    origins: NDArray[np.int64] = np.clip(first, 0, cells - region) * (EMBEDDING_STRIDE_PX // LOGIT_STRIDE_PX)
+    return origins
+
+
+def cut_regions(logits: NDArray[np.float32], origins_yx: NDArray[np.int64], region: int) -> NDArray[np.float32]:
+    """Cut regions of `region` embedding cells out of whole masks.
+
+    Parameters
+    ----------
+    logits : ndarray, shape (N, S/4, S/4)
+        Mask logits on the whole grid.
+    origins_yx : ndarray, shape (N, 2), int64
+        First row and column of each region in that grid.
+    region : int
+        Side of the regions in embedding cells.
+
+    Returns
+    -------
+    ndarray, shape (N, 4 * region, 4 * region)
+    """
+    side = region * EMBEDDING_STRIDE_PX // LOGIT_STRIDE_PX
+    cut = np.zeros((len(logits), side, side), logits.dtype)
+    for index, (y, x) in enumerate(origins_yx.tolist()):
+        cut[index] = logits[index, y : y + side, x : x + side]
+    return cut
