@@ -36,9 +36,9 @@ class DetectOptions:
 def detect_objects(prepared: PreparedSlice, detector: Runner, options: DetectOptions) -> Detections:
     """Find the objects of a slice.
 
-    A tile answers only for boxes whose centre it owns. Of an object that a tile's border cuts and that is no larger than
-    the overlap, the neighbour sees the whole, and even the centre of the piece lies in the neighbour's own window: the
-    piece is dropped.
+    A tile answers only for boxes whose centre it owns. Of an object that a tile's border cuts and that is no larger
+    than the overlap, the neighbour sees the whole, and even the centre of the piece lies in the neighbour's own window:
+    the piece is dropped.
 
     Returns
     -------
@@ -73,5 +73,6 @@ def clip_to_slice(detections: Detections, plan: TilePlan) -> Detections:
 
 def _is_visible(boxes_xyxy: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Tell which boxes ``(N, 4)`` in model px have sides of at least one pixel."""
-    visible: NDArray[np.bool_] = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= 1).all(axis=1)
+    width, height = boxes_xyxy[:, 2] - boxes_xyxy[:, 0], boxes_xyxy[:, 3] - boxes_xyxy[:, 1]
+    visible: NDArray[np.bool_] = (width >= 1) & (height >= 1)
     return visible

@@ -1,7 +1,7 @@
 """A session without any network: bright discs are detected, encoded as they are and decoded analytically.
 
-The "embedding" of a tile is its own intensities, average-pooled to S/16 in channel 0. The "decoder" ignores it and returns for each box the signed
-distance to the ellipse inside the box, sampled at the centres of the S/4 grid: logits whose zero level is known exactly.
+The "embedding" of a tile is its own intensities, average-pooled to S/16 in channel 0. The "decoder" ignores it and
+returns for each box a paraboloid that is zero on the ellipse in the box, sampled at the centres of the S/4 grid.
 """
 
 from collections.abc import Callable, Mapping
