@@ -9,7 +9,11 @@ import onnx
 import onnx_ir
 import torch
 
+from dendsam_deploy.bundle.bundle import digest_file
 from dendsam_deploy.bundle.contract import graph_inputs, graph_outputs
+from dendsam_deploy.bundle.external_data import external_data_locations
+from dendsam_deploy.bundle.manifest import GraphSpec
+from dendsam_deploy.bundle.writer import storage_errors
 from dendsam_deploy.errors import BundleError
 from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX
 
@@ -49,7 +53,7 @@ class GraphExport:
     external_above_bytes: int = _EXTERNAL_ABOVE_BYTES
 
 
-def onnx_from_torch(module: nn.Module, export: GraphExport, path: Path) -> tuple[str, ...]:
+def onnx_from_torch(module: nn.Module, export: GraphExport, path: Path) -> GraphSpec:
     """Write a module as an ONNX file.
 
     Parameters
@@ -63,13 +67,15 @@ def onnx_from_torch(module: nn.Module, export: GraphExport, path: Path) -> tuple
 
     Returns
     -------
-    tuple of str
-        Names of the files written, the graph first.
+    GraphSpec
+        Description of the files, named relative to their folder.
 
     Raises
     ------
     BundleError
         Where the result breaks the contract.
+    StorageError
+        Where the file system refuses.
     """
     inputs = graph_inputs(export.role, export.tile_size_px)
     outputs = graph_outputs(export.role, export.tile_size_px)
@@ -95,9 +101,23 @@ def onnx_from_torch(module: nn.Module, export: GraphExport, path: Path) -> tuple
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
     )
     data_file = f"{path.name}.data" if weights > export.external_above_bytes else None
-    onnx_ir.save(model, path, external_data=data_file, size_threshold_bytes=_SMALLEST_EXTERNAL_BYTES)
-    check_graph(path, export)
-    return (path.name,) if data_file is None else (path.name, data_file)
+    with storage_errors(path):
+        onnx_ir.save(model, path, external_data=data_file, size_threshold_bytes=_SMALLEST_EXTERNAL_BYTES)
+    return describe_graph(path, export)
+
+
+def describe_graph(path: Path, export: GraphExport) -> GraphSpec:
+    """Check an ONNX file, see `check_graph`, and describe it for the manifest, together with its external data."""
+    opset = check_graph(path, export)
+    names = (path.name, *sorted(external_data_locations(path)))
+    return GraphSpec(
+        role=export.role,
+        precision="fp32",
+        opset=opset,
+        files=tuple(digest_file(path.parent, name) for name in names),
+        inputs=graph_inputs(export.role, export.tile_size_px),
+        outputs=graph_outputs(export.role, export.tile_size_px),
+    )
 
 
 def check_graph(path: Path, export: GraphExport) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
 
 from dendsam_deploy.bundle.contract import graph_inputs, graph_outputs
@@ -16,6 +15,7 @@ from dendsam_deploy.errors import CheckpointError
 from dendsam_deploy.geometry import cut_regions, region_origins
 from dendsam_deploy.models.detector import load_detector
 from dendsam_deploy.models.detector_graph import DetectorGraph
+from dendsam_deploy.models.detector_scale import detector_input_size
 from dendsam_deploy.models.reference import OriginalDetector, decode_boxes, encode_tiles
 from dendsam_deploy.models.weights import load_sam
 from dendsam_deploy.runtimes.runner import CallableRunner
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
     from segment_anything.modeling import Sam
 
@@ -95,7 +96,8 @@ def detector_runner(checkpoint: Path, manifest: Manifest) -> TorchRunner:
     detector = load_detector(checkpoint)
     _check_source(checkpoint, detector.sha256, "detector", manifest)
     size = manifest.preprocessing.tile_size_px
-    network = OriginalDetector(detector.network, DetectorGraph(detector, size).input_size_px)
+    input_size = detector_input_size(detector, manifest.preprocessing)
+    network = OriginalDetector(detector.network, DetectorGraph(detector, size, input_size).input_size_px)
 
     def detect(inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         boxes, scores = network(torch.from_numpy(inputs["tiles"]))
