@@ -190,6 +190,9 @@ def _choose_array(
     # Version 0.3 names axes by plain strings; 0.1 and 0.2 have none, they are always these five.
     axes = [axis if isinstance(axis, dict) else {"name": axis} for axis in image.get("axes", "tczyx")]
     names = tuple(str(axis["name"]) for axis in axes)
+    array = _as_array(_child(group, level["path"], source), source)
+    if len(names) != array.ndim:
+        raise VolumeError(f"{source}: names {len(names)} axes {names} of an array of shape {array.shape}; {_REMEDY}")
     scales = np.ones(len(axes))
     has_scale = False
     for step in (*level.get("coordinateTransformations", []), *image.get("coordinateTransformations", [])):
@@ -197,11 +200,7 @@ def _choose_array(
             scales = scales * np.asarray(step["scale"], float)
             has_scale = True
     units = [axis.get("unit") if has_scale else None for axis in axes]
-    return (
-        _as_array(_child(group, level["path"], source), source),
-        names,
-        size_from_scales(names, units, scales.tolist()),
-    )
+    return array, names, size_from_scales(names, units, scales.tolist())
 
 
 def _leading_index(shape: tuple[int, ...], axes: tuple[str, ...] | None, source: str) -> tuple[int, ...]:
@@ -213,8 +212,6 @@ def _leading_index(shape: tuple[int, ...], axes: tuple[str, ...] | None, source:
         An axis other than z, y, x that is longer than one, or another order of axes.
     """
     names = axes if axes is not None else (*"?" * (len(shape) - 3), *"zyx"[-len(shape) :])
-    if len(names) != len(shape):
-        raise VolumeError(f"{source}: has {len(names)} named axes {names} but an array of shape {shape}; {_REMEDY}")
     spatial = next((names[-n:] for n in (3, 2) if names[-n:] == tuple("zyx"[-n:])), None)
     if spatial is None or "z" in names[: -len(spatial)]:
         raise VolumeError(f"{source}: has the axes {', '.join(names)}, expected them to end with z, y, x; {_REMEDY}")

@@ -16,7 +16,6 @@ from dendsam_deploy.volume.checks import check_expansion, check_read, check_shap
 from dendsam_deploy.volume.tiff_pages import (
     REMEDY,
     PlaneRun,
-    check_grey,
     check_page_chain,
     find_planes,
     page_at,
@@ -93,7 +92,7 @@ class TiffReader:
                 offset = self._planes.offset + z * decoded_size(self.info.shape_zyx[1:], self.info.dtype)
                 return self._read_rows(offset, self._planes.dtype, window)
             page = page_at(self._file, self._planes[z])
-            self._check_page(page, z)
+            self._check_data(page, z)
             if page.is_contiguous:
                 return self._read_rows(page.dataoffsets[0], stored_dtype(page), window)
             if (window.height, window.width) == self.info.shape_zyx[1:]:
@@ -124,21 +123,11 @@ class TiffReader:
             self._check_end(end, self._planes.count - 1)
             return
         for z, index in enumerate(self._planes):
-            self._check_page(page_at(self._file, index), z)
+            self._check_data(page_at(self._file, index), z)
 
-    def _check_page(self, page: tifffile.TiffPage, z: int) -> None:
-        """Check the directory of one plane against the volume's and against the length of the file."""
-        source, (_, height, width) = self.info.source, self.info.shape_zyx
-        check_grey(page, source)
-        if (page.imagelength, page.imagewidth) != (height, width) or page.dtype != self.info.dtype:
-            raise VolumeError(
-                f"{source}: page {z} is {page.imagelength} x {page.imagewidth} px {page.dtype}, page 0 is "
-                f"{height} x {width} px {self.info.dtype}; expected pages of one size and type, split the file"
-            )
-        if page.compression not in tifffile.TIFF.DECOMPRESSORS:
-            raise VolumeError(
-                f"{source}: slice {z} is compressed by method {int(page.compression)}, which is unknown here; {REMEDY}"
-            )
+    def _check_data(self, page: tifffile.TiffPage, z: int) -> None:
+        """Check that the samples of one plane are recorded completely and lie inside the file."""
+        source = self.info.source
         count = math.prod(page.chunked)
         offsets, sizes = page.dataoffsets[:count], page.databytecounts[:count]
         stored_bytes = sum(sizes)
@@ -191,14 +180,14 @@ def _recorded_size(file: tifffile.TiffFile) -> RecordedSize | None:
     metadata: Mapping[str, object] = file.imagej_metadata or {}
     if page.shaped_description is not None and page.shaped_description.startswith("{"):
         metadata = json.loads(page.shaped_description)
-    per_unit_yx = _rational(page, "YResolution"), _rational(page, "XResolution")
-    return size_from_named_nm(metadata.get("voxel_size_nm_zyx")) or size_from_imagej(metadata, per_unit_yx)
+    units_yx = _units_per_pixel(page, "YResolution"), _units_per_pixel(page, "XResolution")
+    return size_from_named_nm(metadata.get("voxel_size_nm_zyx")) or size_from_imagej(metadata, units_yx)
 
 
-def _rational(page: tifffile.TiffPage, name: str) -> float | None:
-    """Return the value of a rational tag, None where it is absent or has no value."""
+def _units_per_pixel(page: tifffile.TiffPage, name: str) -> float | None:
+    """Return the reciprocal of a resolution tag, None where it is absent or zero."""
     numerator, denominator = page.tags.valueof(name, (0, 0))
-    return numerator / denominator if denominator else None
+    return denominator / numerator if numerator else None
 
 
 def _describe(file: tifffile.TiffFile, page: tifffile.TiffPage) -> str:

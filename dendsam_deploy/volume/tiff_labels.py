@@ -28,8 +28,8 @@ class TiffLabelSink:
     """Appends label slices to a TIFF file.
 
     uint8 and uint16 volumes below 4 GB get ImageJ's description, all others OME-XML: ImageJ has neither 32-bit integers
-    nor BigTIFF. Pages are compressed with deflate, under which labels shrink ten to a hundred times. ImageJ reads a
-    compressed stack page by page; only of uncompressed ones does it expect a single run of samples.
+    nor BigTIFF. Pages are compressed with deflate, under which labels shrink ten to a hundred times. ImageJ reads
+    compressed stacks page by page; only of uncompressed ones does it expect a single run of samples.
 
     Neither a date nor a unique identifier is written: equal labels give equal bytes.
 
@@ -72,7 +72,8 @@ class TiffLabelSink:
 def _imagej_description(spec: LabelVolumeSpec) -> str:
     """Return the description by which ImageJ knows a stack and its calibration."""
     depth = spec.shape_zyx[0]
-    lines = ["ImageJ=1.54f", f"images={depth}", f"slices={depth}", "loop=false"]
+    # Without "images": by that key ImageJ versions differ in whether they look for compressed slices in their pages.
+    lines = ["ImageJ=1.54f", f"slices={depth}", "loop=false"]
     if spec.voxel_size_nm is not None:
         lines += ["unit=nm", f"spacing={spec.voxel_size_nm[0]!r}"]
     return "\n".join(lines) + "\n"

@@ -7,17 +7,16 @@ import math
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
+from xml.etree import ElementTree
 
 import numpy as np
+import tifffile
 
 from dendsam_deploy.errors import VolumeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
     from typing import BinaryIO
-
-    import tifffile
 
 REMEDY = "save it again as a plain greyscale TIFF stack (Fiji: File > Save As > Tiff)"
 
@@ -102,24 +101,16 @@ def find_planes(file: tifffile.TiffFile, path: Path) -> list[int] | PlaneRun:
         Colour, several images, axes other than z, or fewer pages than the description claims.
     """
     first = page_at(file, 0)
-    check_grey(first, str(path))
-    series = file.series
+    check_page(first, first, str(path))
     if file.is_ome:
-        return _ome_planes(series, path)
+        return _ome_planes(file, path)
+    planes, declared = _full_size_pages(file, first, path)
+    series = file.series
     if len(series) == 1:
-        _check_axes(series[0], path)
+        _check_axes(series[0], file, path)
         count = _plane_count(series[0])
-        if series[0].dataoffset is not None and count > 1:
+        if len(file.pages) == 1 and series[0].dataoffset is not None and count > 1:
             return PlaneRun(series[0].dataoffset, count, stored_dtype(first))
-    # Otherwise the slices are the pages in the order of the file. Programs that write a stack page by page leave as
-    # many series as pages. Whether those agree is checked later, page by page, so that the message can name the page.
-    planes: list[int] = []
-    declared = 0
-    for index in range(len(file.pages)):
-        page = page_at(file, index)
-        if index == 0 or not page.subfiletype & _REDUCED_OR_MASK:
-            planes.append(index)
-            declared += _declared_planes(page, file)
     if declared > len(planes):
         raise VolumeError(
             f"{path}: its description speaks of {declared} images, the file holds {len(planes)}; it is cut or was not "
@@ -128,13 +119,30 @@ def find_planes(file: tifffile.TiffFile, path: Path) -> list[int] | PlaneRun:
     return planes
 
 
+def _full_size_pages(file: tifffile.TiffFile, first: tifffile.TiffPage, path: Path) -> tuple[list[int], int]:
+    """Return the pages that are neither thumbnails nor masks, and the number of images that their descriptions claim.
+
+    The order of the file is the order of the slices. tifffile's series are not asked here: programs that write a stack
+    page by page leave as many series as pages.
+    """
+    planes: list[int] = []
+    declared = 0
+    for index in range(len(file.pages)):
+        page = page_at(file, index)
+        if index == 0 or not page.subfiletype & _REDUCED_OR_MASK:
+            check_page(page, first, str(path))
+            planes.append(index)
+            declared += _declared_planes(page, file)
+    return planes, declared
+
+
 def stored_dtype(page: tifffile.TiffPage) -> np.dtype[np.generic]:
     """Return the type of a page's samples in the byte order of the file."""
     return np.dtype(page.dtype).newbyteorder(page.parent.byteorder)
 
 
-def check_grey(page: tifffile.TiffPage, source: str) -> None:
-    """Refuse a page that is no plane of one sample per pixel."""
+def check_page(page: tifffile.TiffPage, first: tifffile.TiffPage, source: str) -> None:
+    """Refuse a page that is no grey plane of a known compression, or of another size or type than the first one."""
     if page.samplesperpixel > 1:
         raise VolumeError(
             f"{source}: has {page.samplesperpixel} samples per pixel (RGB or other colour), expected grey values; "
@@ -144,36 +152,59 @@ def check_grey(page: tifffile.TiffPage, source: str) -> None:
         raise VolumeError(f"{source}: has pages of depth {page.imagedepth}, expected a page per slice; {REMEDY}")
     if page.dtype is None:
         raise VolumeError(f"{source}: has {page.bitspersample} bits per sample, expected 8, 16 or 32; {REMEDY}")
+    if page.compression not in tifffile.TIFF.DECOMPRESSORS:
+        raise VolumeError(f"{source}: page {page.index} has the unknown compression {int(page.compression)}; {REMEDY}")
+    if (page.imagelength, page.imagewidth, page.dtype) != (first.imagelength, first.imagewidth, first.dtype):
+        raise VolumeError(
+            f"{source}: page {page.index} is {page.imagelength} x {page.imagewidth} px {page.dtype}, page {first.index} "
+            f"is {first.imagelength} x {first.imagewidth} px {first.dtype}; expected one size and type, split the file"
+        )
 
 
-def _ome_planes(series: Sequence[tifffile.TiffPageSeries], path: Path) -> list[int]:
+def _ome_planes(file: tifffile.TiffFile, path: Path) -> list[int]:
     """Return the pages of an OME-TIFF in the order that its metadata give."""
+    series = file.series
     if not series or series[0].kind != "ome":
         raise VolumeError(f"{path}: its OME-XML does not fit its pages; the file is cut or damaged, export it again")
     if len(series) > 1:
         shapes = ", ".join(" x ".join(map(str, one.shape)) for one in series)
         raise VolumeError(f"{path}: holds {len(series)} images ({shapes}), expected one; export the one to use alone")
-    _check_axes(series[0], path)
+    _check_axes(series[0], file, path)
     count = _plane_count(series[0])
     pages = [page for page in series[0].pages if page is not None]
     if len(pages) != count:
         z = next((z for z, page in enumerate(series[0].pages) if page is None), len(pages))
         raise VolumeError(f"{path}: slice {z} of {count} in its OME-XML has no page; the file is cut, export it again")
     for z, page in enumerate(pages):
-        if page.parent is not series[0].parent:
+        if page.parent is not file:
             raise VolumeError(f"{path}: slice {z} lies in another file, expected one; export the volume into one file")
+        check_page(page_at(file, page.index), page_at(file, pages[0].index), str(path))
     return [page.index for page in pages]
 
 
-def _check_axes(series: tifffile.TiffPageSeries, path: Path) -> None:
+def _check_axes(series: tifffile.TiffPageSeries, file: tifffile.TiffFile, path: Path) -> None:
     """Refuse any axis but z, y, x that is longer than one; the unnamed axis of a stack counts as z."""
     axes = zip(series.axes, series.shape, strict=True)
     stacked = [name for name, length in axes if length > 1 and name not in "YX"]
-    if len(stacked) > 1 or not set(stacked) <= set("ZQI"):
+    is_stack = set(stacked) <= set("ZQI") or (stacked == ["C"] and _channels_are_anonymous(file))
+    if len(stacked) > 1 or not is_stack:
         raise VolumeError(
             f"{path}: has the axes {series.axes} of shape {series.shape}, expected one stack along z; keep one channel "
             "and one time point, or declare the axis as z (Fiji: Image > Properties)"
         )
+
+
+def _channels_are_anonymous(file: tifffile.TiffFile) -> bool:
+    """Tell whether the channels of a file have neither names nor colours.
+
+    Programs that are not told the axes of a grey stack, tifffile among them, record its slices as such channels.
+    """
+    if file.is_ome:
+        elements = ElementTree.fromstring(file.ome_metadata or "").iter()
+        channels = [element.attrib.keys() for element in elements if element.tag.endswith("}Channel")]
+        return not any({"Name", "Color", "Fluor", "EmissionWavelength"} & keys for keys in channels)
+    metadata = file.imagej_metadata or {}
+    return metadata.get("mode") == "grayscale" and "LUTs" not in metadata
 
 
 def _plane_count(series: tifffile.TiffPageSeries) -> int:

@@ -56,7 +56,7 @@ def nm_per_unit(unit: object) -> float | None:
 
 
 def size_from_imagej(
-    metadata: Mapping[str, object], pixels_per_unit_yx: tuple[float | None, float | None]
+    metadata: Mapping[str, object], units_per_pixel_yx: tuple[float | None, float | None]
 ) -> RecordedSize | None:
     """Return the voxel size that ImageJ's description and the resolution tags of the first page tell together.
 
@@ -67,8 +67,8 @@ def size_from_imagej(
     ----------
     metadata : mapping
         The ``key=value`` lines of the description: ``unit``, ``yunit``, ``zunit``, ``spacing``.
-    pixels_per_unit_yx : (float or None, float or None)
-        Vertical and horizontal resolution; None where the tag is absent.
+    units_per_pixel_yx : (float or None, float or None)
+        Reciprocals of the vertical and horizontal resolution; None where the tag is absent.
 
     References
     ----------
@@ -78,9 +78,7 @@ def size_from_imagej(
     scale_x = nm_per_unit(unit)
     scale_y = nm_per_unit(metadata.get("yunit", unit))
     scale_z = nm_per_unit(metadata.get("zunit", unit))
-    per_unit_y, per_unit_x = pixels_per_unit_yx
-    y = _length(scale_y, None if not per_unit_y else 1 / per_unit_y)
-    x = _length(scale_x, None if not per_unit_x else 1 / per_unit_x)
+    y, x = (_length(scale, units) for scale, units in zip((scale_y, scale_x), units_per_pixel_yx, strict=True))
     if y is None or x is None:
         return None
     return RecordedSize(_length(scale_z, metadata.get("spacing")), y, x)
