@@ -65,7 +65,7 @@ def encoder_runner(sam: Sam) -> TorchRunner:
     """Return SAM's own preprocessing and image encoder as a runner."""
 
     def encode(inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-        embeddings = encode_tiles(sam, torch.from_numpy(inputs["tiles"]), torch.from_numpy(inputs["sizes"]))
+        embeddings = encode_tiles(sam, torch.tensor(inputs["tiles"]), torch.tensor(inputs["sizes"]))
         return {"embeddings": embeddings.numpy()}
 
     return TorchRunner(_spec("encoder", sam.image_encoder.img_size), encode)
@@ -75,7 +75,7 @@ def decoder_runner(sam: Sam) -> TorchRunner:
     """Return SAM's own prompt encoder and mask decoder as a runner; regions are cut out of whole masks."""
 
     def decode(inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-        tensors = (torch.from_numpy(inputs[name]) for name in ("embeddings", "boxes", "tile_index"))
+        tensors = (torch.tensor(inputs[name]) for name in ("embeddings", "boxes", "tile_index"))
         logits, iou = decode_boxes(sam, *tensors)
         cells = inputs["embeddings"].shape[-1]
         region = int(cast("NDArray[np.int64]", inputs["region"])[0])
@@ -100,7 +100,7 @@ def detector_runner(checkpoint: Path, manifest: Manifest) -> TorchRunner:
     network = OriginalDetector(detector.network, DetectorGraph(detector, size, input_size).input_size_px)
 
     def detect(inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-        boxes, scores = network(torch.from_numpy(inputs["tiles"]))
+        boxes, scores = network(torch.tensor(inputs["tiles"]))
         return {"boxes": boxes.numpy(), "scores": scores.numpy()}
 
     return TorchRunner(_spec("detector", size), detect)
