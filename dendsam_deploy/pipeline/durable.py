@@ -1,0 +1,74 @@
+"""Files that are either whole and on the disk or not there at all."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from dendsam_deploy.errors import StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from typing import BinaryIO
+
+
+@contextmanager
+def published(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes its name on a clean exit: flushed, renamed, and the folder flushed.
+
+    Raises
+    ------
+    StorageError
+        Where the file system refuses; nothing is left behind then, and an older file of that name stays.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with storage_errors(path):
+        try:
+            with partial.open("wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(path)
+            sync_folder(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line and flush it to the disk."""
+    with storage_errors(path), path.open("ab") as stream:
+        stream.write(line.encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and its parents where they are missing, and flush its name to the disk."""
+    with storage_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder: the names in it, not the content of its files."""
+    if os.name == "nt":  # where a folder cannot be opened, and a rename is durable by itself
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn the refusal of a write into a `StorageError` that names the place and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename or path}: cannot be written ({error.strerror or error}); free space there or choose "
+            "another place, then run the same command again: finished slices are kept"
+        ) from error
