@@ -11,7 +11,7 @@ import numpy as np
 
 from dendsam_deploy.errors import VolumeError
 from dendsam_deploy.volume.checks import check_read, check_shape
-from dendsam_deploy.volume.raster import decode_png, png_header
+from dendsam_deploy.volume.raster import PNG_MAGIC, decode_png, png_header
 from dendsam_deploy.volume.tiff import TiffReader
 from dendsam_deploy.volume.volume import VolumeInfo
 
@@ -74,7 +74,7 @@ class FolderReader:
         file = self._files[z]
         if not file.is_file():
             raise VolumeError(f"{file}: slice {z} has disappeared since the folder was opened; put it back")
-        if _KINDS[file.suffix.lower()] == "png":
+        if _is_png(file):
             image = decode_png(file)[window.slices]
         else:
             with TiffReader(file) as reader:
@@ -165,11 +165,17 @@ def _check_numbering(folder: Path, files: Sequence[Path]) -> None:
             )
 
 
+def _is_png(file: Path) -> bool:
+    """Tell whether a file begins as a PNG, whatever its name says."""
+    with file.open("rb") as opened:
+        return opened.read(len(PNG_MAGIC)) == PNG_MAGIC
+
+
 def _header(file: Path) -> _Header:
     """Read what is needed to compare a slice with the others."""
     if file.stat().st_size == 0:
         raise VolumeError(f"{file}: is empty (0 bytes); copy it again from its source")
-    if _KINDS[file.suffix.lower()] == "png":
+    if _is_png(file):
         return _Header(*png_header(file))
     with TiffReader(file) as reader:
         if reader.info.shape_zyx[0] != 1:

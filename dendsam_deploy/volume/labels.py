@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -123,15 +124,17 @@ class _Publisher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        is_whole = self._next_z == self._spec.shape_zyx[0]
         try:
             self._sink.close()
-            if kind is None and self._next_z == self._spec.shape_zyx[0]:
+            if kind is None and is_whole:
                 _publish(self._partial, self._path)
-            else:
-                _remove(self._partial)
         except OSError as failure:
             raise _storage_error(self._path, failure) from failure
-        if kind is None and self._next_z < self._spec.shape_zyx[0]:
+        finally:
+            with suppress(OSError):
+                _remove(self._partial)
+        if kind is None and not is_whole:
             raise InvalidArgumentError(
                 f"{self._path}: {self._next_z} of {self._spec.shape_zyx[0]} slices were written; nothing was published"
             )

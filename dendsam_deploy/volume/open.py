@@ -10,7 +10,9 @@ import numpy as np
 from dendsam_deploy.errors import VolumeError
 from dendsam_deploy.volume.folder import FolderReader
 from dendsam_deploy.volume.ngff import ZarrReader, is_zarr
+from dendsam_deploy.volume.raster import PNG_MAGIC
 from dendsam_deploy.volume.tiff import TiffReader
+from dendsam_deploy.volume.tiff_pages import TIFF_MAGIC
 from dendsam_deploy.volume.voxel_size import check_voxel_size
 
 if TYPE_CHECKING:
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 
 _EXPECTED = "expected a TIFF stack, a PNG image, a folder of TIFF or PNG slices, or a Zarr"
 
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_PNG_MAGIC = b"\x89PNG"
 _FOREIGN_MAGIC = {
     b"\x89HDF": "an HDF5 file",
     b"PK\x03\x04": "a zip archive",
@@ -97,9 +97,9 @@ def _open(path: Path, voxel_size_nm: tuple[float, float, float] | None, prefer_l
         raise VolumeError(
             f"{path}: cannot be read ({error.strerror or error}); check its permissions and its drive"
         ) from error
-    if start.startswith(_TIFF_MAGIC):
+    if start.startswith(TIFF_MAGIC):
         return TiffReader(path, voxel_size_nm)
-    if start.startswith(_PNG_MAGIC):
+    if start.startswith(PNG_MAGIC):
         return FolderReader(path, voxel_size_nm)
     raise VolumeError(f"{path}: is {_name_content(start)}; {_EXPECTED}")
 

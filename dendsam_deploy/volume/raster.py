@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+PNG_MAGIC = b"\x89PNG"
+"""How PNG files begin."""
+
 _REMEDY = "save it again as 8- or 16-bit grey PNG"
 
 _GREY_DTYPES = {"1": np.bool_, "L": np.uint8, "I;16": np.uint16, "I": np.uint16}

@@ -185,9 +185,13 @@ def _recorded_size(file: tifffile.TiffFile) -> RecordedSize | None:
 
 
 def _units_per_pixel(page: tifffile.TiffPage, name: str) -> float | None:
-    """Return the reciprocal of a resolution tag, None where it is absent or zero."""
+    """Return the reciprocal of a resolution tag, None where it is absent, zero or a placeholder.
+
+    The tag is mandatory in TIFF. tifffile writes 1/1 where it is told no resolution; ImageJ writes a measured 1 in
+    millionths.
+    """
     numerator, denominator = page.tags.valueof(name, (0, 0))
-    return denominator / numerator if numerator else None
+    return None if numerator == 0 or numerator == denominator == 1 else denominator / numerator
 
 
 def _describe(file: tifffile.TiffFile, page: tifffile.TiffPage) -> str:

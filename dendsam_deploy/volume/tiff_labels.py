@@ -49,7 +49,11 @@ class TiffLabelSink:
         """Write the next slice, ``(Y, X)`` in the dtype of the file."""
         spec = self._spec
         describe = _imagej_description if self._is_imagej else _ome_xml
-        resolution = None if spec.voxel_size_nm is None else (1 / spec.voxel_size_nm[2], 1 / spec.voxel_size_nm[1])
+        resolution = None
+        if self._is_imagej and spec.voxel_size_nm is not None:
+            # A plain 1/1 would say "no resolution"; ImageJ spells a measured 1 like this.
+            y, x = ((10**6, 10**6) if size == 1 else 1 / size for size in spec.voxel_size_nm[1:])
+            resolution = (x, y)
         self._writer.write(
             labels,
             photometric="minisblack",
@@ -57,8 +61,8 @@ class TiffLabelSink:
             predictor=False,
             rowsperstrip=max(1, _STRIP_BYTES // (spec.shape_zyx[2] * spec.dtype.itemsize)),
             description=describe(spec) if self._is_first else None,
-            resolution=resolution if self._is_imagej else None,
-            resolutionunit="NONE" if self._is_imagej and resolution else None,
+            resolution=resolution,
+            resolutionunit=None if resolution is None else "NONE",
             software=False,
             metadata=None,
         )

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO
 
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""How TIFF files begin: little and big endian, classic and BigTIFF."""
+
 REMEDY = "save it again as a plain greyscale TIFF stack (Fiji: File > Save As > Tiff)"
 
 _REDUCED_OR_MASK = 0b101
@@ -57,11 +60,14 @@ def check_page_chain(path: Path) -> None:
     Raises
     ------
     VolumeError
-        Cut, without pages, or with a circular chain.
+        No TIFF, cut, without pages, or with a circular chain.
     """
     with path.open("rb") as file:
-        order = "<" if file.read(2) == b"II" else ">"
-        is_big = struct.unpack(order + "H", file.read(2))[0] == 43
+        magic = file.read(4)
+        if magic not in TIFF_MAGIC:
+            raise VolumeError(f"{path}: is no TIFF file (it begins with {magic!r}); {REMEDY}")
+        order = "<" if magic.startswith(b"II") else ">"
+        is_big = b"+" in magic
         pointer, count_format, offset_format, entry_size = (8, "Q", "Q", 20) if is_big else (4, "H", "I", 12)
         size = file.seek(0, 2)
         seen: set[int] = set()
@@ -156,8 +162,8 @@ def check_page(page: tifffile.TiffPage, first: tifffile.TiffPage, source: str) -
         raise VolumeError(f"{source}: page {page.index} has the unknown compression {int(page.compression)}; {REMEDY}")
     if (page.imagelength, page.imagewidth, page.dtype) != (first.imagelength, first.imagewidth, first.dtype):
         raise VolumeError(
-            f"{source}: page {page.index} is {page.imagelength} x {page.imagewidth} px {page.dtype}, page {first.index} "
-            f"is {first.imagelength} x {first.imagewidth} px {first.dtype}; expected one size and type, split the file"
+            f"{source}: page {page.index} is {page.imagelength} x {page.imagewidth} px {page.dtype}, the first one is "
+            f"{first.imagelength} x {first.imagewidth} px {first.dtype}; expected one size and type, split the file"
         )
 
 

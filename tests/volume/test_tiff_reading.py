@@ -215,7 +215,7 @@ def test_memory_does_not_grow_with_the_number_of_slices(tmp_path):
 
     peak_of(2)  # what is imported and cached once
     # A page costs its index and offsets, some 400 bytes, against the 65,536 of its pixels.
-    assert peak_of(400) < peak_of(40) + 360 * 600
+    assert peak_of(220) < peak_of(20) + 200 * 600
 
 
 @given(data=st.data(), kind=st.sampled_from(["zlib", "tiled", "imagej", "ome"]))
