@@ -20,17 +20,16 @@ again, so that no hole remains where a loser stood.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage
 
 from dendsam_deploy.geometry import Window
-from dendsam_deploy.instances import Instances, Masks, RunLengths
+from dendsam_deploy.instances import Instances, RunLengths
 from dendsam_deploy.pipeline.claims import (
     FULL_EVIDENCE,
-    Claim,
     Overlaps,
     claim_from_logits,
     log_odds,
@@ -44,7 +43,7 @@ from dendsam_deploy.pipeline.upsample import upsample_mask
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from dendsam_deploy.instances import Detections
+    from dendsam_deploy.instances import Detections, Masks
     from dendsam_deploy.pipeline.prepare import TilePlan
 
 _EIGHT_NEIGHBOURS = np.ones((3, 3), bool)
@@ -102,17 +101,19 @@ def paint_masks(
     instances : Instances
         The objects; their areas and runs are exactly the labelled pixels.
     """
-    candidates = _candidates(detections, masks, plan, options)
-    overlaps = measure_overlaps(candidates.claims)
+    candidates, overlaps = _candidates(detections, masks, plan, options)
     distinct = suppress_same_masks(candidates.areas_px, overlaps, options.same_mask_iou)
-    contest = _Contest.between(candidates.take(distinct), overlaps.among(distinct), options)
-    labels, survivors = contest.settle(plan.frame.slice_hw, options)
-    fill_holes(labels, options.min_area_px)
+    contest = _Contest(candidates.take(distinct), overlaps.among(distinct), plan.frame.slice_hw, options)
+    labels, survivors = contest.settle()
+    for label, claim in enumerate(survivors.claims, start=1):
+        fill_holes(labels[claim.window.slices], label, options.min_area_px)
     return labels, _instances(labels, survivors)
 
 
-def _candidates(detections: Detections, masks: Masks, plan: TilePlan, options: PaintOptions) -> Candidates:
-    """Return the masks that are large enough, joined across tiles, the most confident first."""
+def _candidates(
+    detections: Detections, masks: Masks, plan: TilePlan, options: PaintOptions
+) -> tuple[Candidates, Overlaps]:
+    """Return the masks that are large enough, joined across tiles, the most confident first, and who meets whom."""
     claims = tuple(
         claim_from_logits(upsample_mask(masks, index, plan, options.mask_logit), options.mask_logit)
         for index in range(len(masks))
@@ -120,9 +121,14 @@ def _candidates(detections: Detections, masks: Masks, plan: TilePlan, options: P
     found = Candidates(claims, detections, masks.predicted_iou)
     # Ordered before masks are joined as well: the rounding of their mean scores must not depend on the input's order.
     order = _canonical_order(found)
-    found = stitch_tiles(found.take(order), masks.tile_index[order], plan)
-    found = found.take(_canonical_order(found))
-    return found.take(found.areas_px >= max(options.min_area_px, 1))
+    found = found.take(order)
+    overlaps = measure_overlaps(found.claims)
+    joined = stitch_tiles(found, masks.tile_index[order], overlaps, plan)
+    if joined is not found:
+        found = joined.take(_canonical_order(joined))
+        overlaps = measure_overlaps(found.claims)
+    large = found.areas_px >= max(options.min_area_px, 1)
+    return found.take(large), overlaps.among(large)
 
 
 def _canonical_order(candidates: Candidates) -> NDArray[np.intp]:
@@ -132,23 +138,28 @@ def _canonical_order(candidates: Candidates) -> NDArray[np.intp]:
     return np.lexsort((boxes[:, 2], boxes[:, 3], boxes[:, 0], boxes[:, 1], -confidence))
 
 
-@dataclass(frozen=True, slots=True)
 class _Contest:
-    """Candidates, what they are worth before evidence is heard, and who meets whom."""
+    """A slice while claims compete for its pixels.
 
-    candidates: Candidates
-    strengths: NDArray[np.float64]
-    overlaps: Overlaps
-    evidence_weight: float
+    A claim that leaves or gives up pixels changes no pixels but those that it held, so only its neighbours are asked
+    again.
+    """
 
-    @classmethod
-    def between(cls, candidates: Candidates, overlaps: Overlaps, options: PaintOptions) -> _Contest:
-        """Weigh the candidates."""
-        strengths = log_odds(candidates.detections.scores * candidates.predicted_iou)
-        strengths += options.specificity_weight * specificity(candidates.areas_px, overlaps)
-        return cls(candidates, strengths, overlaps, options.evidence_weight)
+    def __init__(
+        self, candidates: Candidates, overlaps: Overlaps, shape_hw: tuple[int, int], options: PaintOptions
+    ) -> None:
+        self._candidates = candidates
+        self._overlaps = overlaps
+        self._options = options
+        self._strengths = log_odds(candidates.detections.scores * candidates.predicted_iou)
+        self._strengths += options.specificity_weight * specificity(candidates.areas_px, overlaps)
+        self._evidence = [claim.evidence for claim in candidates.claims]
+        self._alive = np.ones(len(candidates), bool)
+        self._best = np.full(shape_hw, -np.inf, np.float32)
+        self._winners = np.zeros(shape_hw, np.int32)
+        self._offer(self._alive)
 
-    def settle(self, shape_hw: tuple[int, int], options: PaintOptions) -> tuple[NDArray[np.uint32], Candidates]:
+    def settle(self) -> tuple[NDArray[np.uint32], Candidates]:
         """Compete until nobody loses any more.
 
         It ends because every round but the last takes a claim off or pixels away from one.
@@ -160,92 +171,125 @@ class _Contest:
         survivors : Candidates
             Those who kept enough.
         """
-        claims = list(self.candidates.claims)
-        alive = np.ones(len(claims), bool)
-        least_px = np.maximum(options.least_kept_fraction * self.candidates.areas_px, max(options.min_area_px, 1))
+        areas_px = self._candidates.areas_px
+        least_px = np.maximum(self._options.least_kept_fraction * areas_px, max(self._options.min_area_px, 1))
+        kept_px = areas_px.copy()
+        moved = np.ones(len(areas_px), bool)
+        unchecked = moved
         while True:
-            winners = self._compete(claims, alive, shape_hw)
-            kept_px = np.bincount(winners.ravel(), minlength=len(claims) + 1)[1:]
-            losers = alive & (kept_px < least_px)
-            if losers.any():
-                alive &= ~self._first_to_go(losers)
-                continue
-            trimmed = {
-                index: claim
-                for index in np.nonzero(alive)[0].tolist()
-                if (claim := _without_islands(claims[index], winners, index + 1, options)) is not claims[index]
-            }
-            if not trimmed:
-                break
-            for index, claim in trimmed.items():
-                claims[index] = claim
-        number = np.concatenate([[0], np.cumsum(alive)]).astype(np.uint32)
-        return number[winners], self.candidates.take(alive)
+            for index in np.flatnonzero(moved).tolist():
+                kept_px[index] = np.count_nonzero(self._won(index))
+            changed = self._first_to_go(self._alive & (kept_px < least_px))
+            if changed.any():
+                self._take_off(changed)
+            else:
+                changed = self._cut_islands(unchecked & self._alive)
+                unchecked = np.zeros_like(moved)
+                if not changed.any():
+                    break
+            moved = changed | self._neighbours(changed)
+            self._offer(moved & self._alive)
+            unchecked = unchecked | moved
+        number = np.concatenate([[0], np.cumsum(self._alive)]).astype(np.uint32)
+        return number[self._winners], self._candidates.take(self._alive)
 
-    def _compete(self, claims: list[Claim], alive: NDArray[np.bool_], shape_hw: tuple[int, int]) -> NDArray[np.int32]:
-        """Return for every pixel of the slice 1 + the claim of the highest value, the earlier one in a tie, or 0."""
-        best = np.full(shape_hw, -np.inf, np.float32)
-        winners = np.zeros(shape_hw, np.int32)
+    def _won(self, index: int) -> NDArray[np.bool_]:
+        """Return the pixels of a claim's window that it holds."""
+        won: NDArray[np.bool_] = self._winners[self._candidates.claims[index].window.slices] == index + 1
+        return won
+
+    def _offer(self, who: NDArray[np.bool_]) -> None:
+        """Let claims bid for the pixels of their masks; an equal bid does not displace an earlier claim."""
         evidence = np.arange(FULL_EVIDENCE + 1) / FULL_EVIDENCE
-        for index in np.nonzero(alive)[0].tolist():
-            value_of = (self.strengths[index] + self.evidence_weight * evidence).astype(np.float32)
+        for index in np.flatnonzero(who).tolist():
+            value_of = (self._strengths[index] + self._options.evidence_weight * evidence).astype(np.float32)
             value_of[0] = -np.inf
-            value = value_of[claims[index].evidence]
-            place = claims[index].window.slices
-            better = value > best[place]
-            best[place][better] = value[better]
-            winners[place][better] = index + 1
-        return winners
+            value = value_of[self._evidence[index]]
+            place = self._candidates.claims[index].window.slices
+            better = value > self._best[place]
+            self._best[place][better] = value[better]
+            self._winners[place][better] = index + 1
+
+    def _vacate(self, index: int, pixels: NDArray[np.bool_]) -> None:
+        """Take pixels of its window away from a claim, for good."""
+        place = self._candidates.claims[index].window.slices
+        self._best[place][pixels] = -np.inf
+        self._winners[place][pixels] = 0
+        self._evidence[index] = np.where(pixels, 0, self._evidence[index]).astype(np.uint8)
 
     def _first_to_go(self, losers: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return the losers that overlap no weaker loser: of several that dispute a place, the others may yet live."""
         goes = losers.copy()
-        first, second = self.overlaps.first, self.overlaps.second
+        first, second = self._overlaps.first, self._overlaps.second
         # Of two equal ones the later goes first.
-        stronger = np.where(self.strengths[first] >= self.strengths[second], first, second)
+        stronger = np.where(self._strengths[first] >= self._strengths[second], first, second)
         goes[stronger[losers[first] & losers[second]]] = False
         return goes
 
+    def _take_off(self, losers: NDArray[np.bool_]) -> None:
+        """Remove claims from the contest."""
+        self._alive &= ~losers
+        for index in np.flatnonzero(losers).tolist():
+            self._vacate(index, self._won(index))
 
-def _without_islands(claim: Claim, winners: NDArray[np.int32], label: int, options: PaintOptions) -> Claim:
-    """Return a claim without the pieces that are small against the largest piece that it won; itself where none is."""
-    won = winners[claim.window.slices] == label
-    pieces, count = ndimage.label(won, _EIGHT_NEIGHBOURS)
+    def _cut_islands(self, who: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Cut off pieces that are small against the largest piece that a claim won; return which claims had some."""
+        had_some = np.zeros_like(who)
+        for index in np.flatnonzero(who).tolist():
+            pieces, count = ndimage.label(self._won(index), _EIGHT_NEIGHBOURS)
+            if count > 1:
+                sizes = np.bincount(pieces.ravel())
+                largest = sizes[1:].max()
+                small = sizes < self._options.least_island_fraction * largest
+                small[0] = False
+                had_some[index] = small.any()
+                self._vacate(index, small[pieces])
+        return had_some
+
+    def _neighbours(self, who: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return the claims that overlap any of the given ones."""
+        found = np.zeros_like(who)
+        found[self._overlaps.first[who[self._overlaps.second]]] = True
+        found[self._overlaps.second[who[self._overlaps.first]]] = True
+        return found
+
+
+def fill_holes(view: NDArray[np.uint32], label: int, below_px: float) -> None:
+    """Fill, in place, unlabelled holes of fewer than `below_px` pixels that one object alone encloses.
+
+    Parameters
+    ----------
+    view : ndarray, shape (h, w), uint32
+        Labels in a window that holds the whole object.
+    label : int
+        The object.
+    below_px : float
+        Size from which a hole stays.
+    """
+    empty, count = ndimage.label(view == 0)
     if count < 2:
-        return claim
-    sizes = np.bincount(pieces.ravel())
-    sizes[0] = 0
-    small = sizes < options.least_island_fraction * sizes.max()
-    small[0] = False
-    if not small.any():
-        return claim
-    return replace(claim, evidence=np.where(small[pieces], 0, claim.evidence).astype(np.uint8))
-
-
-def fill_holes(labels: NDArray[np.uint32], below_px: float) -> None:
-    """Fill, in place, unlabelled holes of fewer than `below_px` pixels that a single object encloses."""
-    empty, _ = ndimage.label(labels == 0)
-    sizes = np.bincount(empty.ravel())
-    height, width = labels.shape
-    for number, place in enumerate(ndimage.find_objects(empty), start=1):
-        rows, columns = place
-        touches_border = rows.start == 0 or columns.start == 0 or rows.stop == height or columns.stop == width
-        if touches_border or sizes[number] >= below_px:
+        return
+    small = np.bincount(empty.ravel()) < below_px
+    height, width = view.shape
+    for number, (rows, columns) in enumerate(ndimage.find_objects(empty), start=1):
+        is_open = rows.start == 0 or columns.start == 0 or rows.stop == height or columns.stop == width
+        if is_open or not small[number]:
             continue
         around = slice(rows.start - 1, rows.stop + 1), slice(columns.start - 1, columns.stop + 1)
         hole = empty[around] == number
-        owners = np.unique(labels[around][ndimage.binary_dilation(hole) & ~hole])
-        if len(owners) == 1:
-            labels[around][hole] = owners[0]
+        if (view[around][ndimage.binary_dilation(hole) & ~hole] == label).all():
+            view[around][hole] = label
 
 
 def _instances(labels: NDArray[np.uint32], survivors: Candidates) -> Instances:
     """Describe the painted objects; survivor ``k`` has the label ``k + 1``."""
     runs = []
-    for label, place in enumerate(ndimage.find_objects(labels.view(np.int32)), start=1):
-        rows, columns = place
-        window = Window(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
-        runs.append(RunLengths.from_mask(labels[place] == label, window))
+    for label, claim in enumerate(survivors.claims, start=1):
+        painted = labels[claim.window.slices] == label
+        rows, columns = (np.nonzero(painted.any(axis=axis))[0] for axis in (1, 0))
+        y0, y1, x0, x1 = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+        window = Window(claim.window.y0 + y0, claim.window.x0 + x0, y1 - y0, x1 - x0)
+        runs.append(RunLengths.from_mask(painted[y0:y1, x0:x1], window))
     return Instances(
         ids=np.arange(1, len(runs) + 1, dtype=np.uint32),
         boxes_xyxy=survivors.detections.boxes_xyxy,

@@ -9,7 +9,7 @@ import numpy as np
 
 from dendsam_deploy.geometry import Window
 from dendsam_deploy.instances import Detections
-from dendsam_deploy.pipeline.claims import Claim, intersection, measure_overlaps
+from dendsam_deploy.pipeline.claims import Claim, Overlaps, intersection
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,7 +52,9 @@ class Candidates:
         return Candidates(claims, self.detections.take(index), self.predicted_iou[index])
 
 
-def stitch_tiles(candidates: Candidates, tile_index: NDArray[np.int64], plan: TilePlan) -> Candidates:
+def stitch_tiles(
+    candidates: Candidates, tile_index: NDArray[np.int64], overlaps: Overlaps, plan: TilePlan
+) -> Candidates:
     """Join the masks that different tiles made of one object.
 
     Two masks of different tiles are joined where their parts inside the strip that both tiles see have an IoU of at
@@ -65,12 +67,18 @@ def stitch_tiles(candidates: Candidates, tile_index: NDArray[np.int64], plan: Ti
         Masks, each seen by one tile.
     tile_index : ndarray, shape (N,), int64
         The tile of each.
+    overlaps : Overlaps
+        Their shared pixels.
     plan : TilePlan
         How the slice was cut.
+
+    Returns
+    -------
+    Candidates
+        `candidates` itself where nothing is joined.
     """
     root = np.arange(len(candidates))
     reads = [plan.frame.window_to_slice(tile.read) for tile in plan.tiles]
-    overlaps = measure_overlaps(candidates.claims)
     rows = zip(overlaps.first.tolist(), overlaps.second.tolist(), overlaps.areas_px.tolist(), strict=True)
     for i, j, shared in rows:
         if tile_index[i] == tile_index[j]:

@@ -1,6 +1,7 @@
 """Painting against a brute-force competition over full-size stacks, and the rules for losers, islands and holes."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy import ndimage
 from synthetic_session import ellipse_logits
 
 from dendsam_deploy.geometry import Frame, Window, tile_grid
-from dendsam_deploy.instances import Detections, Masks
+from dendsam_deploy.instances import Detections, Instances, Masks
 from dendsam_deploy.pipeline.claims import Claim, measure_overlaps, specificity, suppress_same_masks
 from dendsam_deploy.pipeline.paint import PaintOptions, fill_holes, paint_masks
 from dendsam_deploy.pipeline.prepare import TilePlan
@@ -57,26 +58,75 @@ def upsampled(grid: np.ndarray) -> np.ndarray:
     return np.array([np.interp(pixels, centres, column) for column in rows.T]).T
 
 
-def brute_force(detections: Detections, masks: Masks, options: PaintOptions) -> np.ndarray:
-    """The formula of `paint`, pixel by pixel over the stack of all masks at full size: index of the winner, or -1."""
-    stack = np.array([upsampled(grid) for grid in masks.logits]) - options.mask_logit
-    inside = stack > 0
-    areas = inside.sum(axis=(1, 2))
-    values = np.full(stack.shape, -np.inf, np.float32)
-    for i in range(len(stack)):
-        if not areas[i]:
-            continue
-        bonus = 0.0
-        for j in range(len(stack)):
-            if areas[j] > areas[i]:
-                nested = (inside[i] & inside[j]).sum() / areas[i]
-                bonus = max(bonus, nested * np.log(areas[j] / areas[i]))
-        confidence = np.clip(np.float64(detections.scores[i] * masks.predicted_iou[i]), 0.01, 0.99)
-        evidence = 1 + np.floor(np.minimum(stack[i] / np.median(stack[i][inside[i]]), 1) * 254)
-        value = np.log(confidence / (1 - confidence)) + options.specificity_weight * bonus
-        value = (value + options.evidence_weight * evidence / 255).astype(np.float32)
-        values[i][inside[i]] = value[inside[i]]
-    return np.where(inside.any(axis=0), values.argmax(axis=0), -1)
+@dataclass
+class Stack:
+    """All masks at full size, in canonical order, with their values by the formula of `paint`."""
+
+    inside: np.ndarray
+    values: np.ndarray
+    strengths: np.ndarray
+    inputs: np.ndarray
+
+    @classmethod
+    def of(cls, detections: Detections, masks: Masks, options: PaintOptions) -> "Stack":
+        confidence = detections.scores * masks.predicted_iou
+        order = sorted(range(len(masks)), key=lambda i: -confidence[i])
+        stack = np.array([upsampled(masks.logits[i]) for i in order]) - options.mask_logit
+        large = [(layer > 0).sum() >= max(options.min_area_px, 1) for layer in stack]
+        stack, order = stack[large], np.array(order)[large]
+        inside = stack > 0
+        kept: list[int] = []
+        for i, mask in enumerate(inside):
+            ious = [(mask & inside[k]).sum() / (mask | inside[k]).sum() for k in kept]
+            if max(ious, default=0) <= options.same_mask_iou:
+                kept.append(i)
+        stack, inside, order = stack[kept], inside[kept], order[kept]
+        values = np.full(stack.shape, -np.inf, np.float32)
+        strengths = np.zeros(len(stack))
+        for i, mask in enumerate(inside):
+            larger = [other for other in inside if other.sum() > mask.sum()]
+            bonus = max([(mask & o).sum() / mask.sum() * np.log(o.sum() / mask.sum()) for o in larger], default=0)
+            odds = np.clip(np.float64(confidence[order[i]]), 0.01, 0.99)
+            strengths[i] = np.log(odds / (1 - odds)) + options.specificity_weight * bonus
+            evidence = 1 + np.floor(np.minimum(stack[i] / np.median(stack[i][mask]), 1) * 254)
+            value = (strengths[i] + options.evidence_weight * evidence / 255).astype(np.float32)
+            values[i][mask] = value[mask]
+        return cls(inside, values, strengths, order)
+
+    def winners(self) -> np.ndarray:
+        """The highest value at each pixel, the earlier one of equals; -1 where nobody bids."""
+        if not len(self.values):
+            return np.full((SIZE, SIZE), -1)
+        return np.where(np.isfinite(self.values).any(axis=0), self.values.argmax(axis=0), -1)
+
+    def settle(self, options: PaintOptions) -> np.ndarray:
+        """Hold the whole competition again after every loser and every island: the rules without any shortcut."""
+        alive = np.ones(len(self.values), bool)
+        while True:
+            winners = self.winners()
+            held = [(winners == i).sum() for i in range(len(alive))]
+            least = [max(options.least_kept_fraction * mask.sum(), options.min_area_px, 1) for mask in self.inside]
+            losers = [i for i in range(len(alive)) if alive[i] and held[i] < least[i]]
+            weaker = {
+                (i, j): (self.strengths[j], -j) < (self.strengths[i], -i) and (self.inside[i] & self.inside[j]).any()
+                for i in losers
+                for j in losers
+            }
+            leaving = [i for i in losers if not any(weaker[i, j] for j in losers)]
+            for i in leaving:
+                alive[i] = False
+                self.values[i] = -np.inf
+            if leaving:
+                continue
+            islands = np.zeros_like(self.inside)
+            for i in np.flatnonzero(alive):
+                pieces, count = ndimage.label(winners == i, np.ones((3, 3)))
+                sizes = [(pieces == piece).sum() for piece in range(1, count + 1)]
+                for piece, size in enumerate(sizes, start=1):
+                    islands[i] |= (pieces == piece) & (size < options.least_island_fraction * max(sizes))
+            if not islands.any():
+                return winners
+            self.values[islands] = -np.inf
 
 
 @st.composite
@@ -106,11 +156,30 @@ def crowds(draw: st.DrawFn, largest: int = 6) -> tuple[Detections, Masks]:
 @given(crowds())
 def test_every_pixel_goes_to_the_highest_value_of_all(crowd: tuple[Detections, Masks]):
     detections, masks = crowd
-    labels, instances = paint_masks(detections, masks, PLAN, OPEN)
-    winner = brute_force(detections, masks, OPEN)
-    # The painted labels are numbered by confidence; the boxes tell which input each one is.
-    rows = [np.nonzero((detections.boxes_xyxy == box).all(axis=1))[0][0] for box in instances.boxes_xyxy]
-    np.testing.assert_array_equal(np.array([-1, *rows])[labels], winner)
+    painted = paint_masks(detections, masks, PLAN, OPEN)
+    stack = Stack.of(detections, masks, OPEN)
+    np.testing.assert_array_equal(
+        input_of_each_pixel(detections, painted), np.append(stack.inputs, -1)[stack.winners()]
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(crowds(largest=9))
+def test_asking_only_neighbours_again_equals_holding_the_whole_competition_again(crowd: tuple[Detections, Masks]):
+    detections, masks = crowd
+    strict = replace(USUAL, least_kept_fraction=0.45, least_island_fraction=0.3, min_area_px=40.0)
+    stack = Stack.of(detections, masks, strict)
+    winners = stack.settle(strict)
+    mine = input_of_each_pixel(detections, paint_masks(detections, masks, PLAN, strict))
+    filled = (winners < 0) & (mine >= 0)  # holes
+    np.testing.assert_array_equal(np.where(filled, -1, mine), np.append(stack.inputs, -1)[winners])
+
+
+def input_of_each_pixel(detections: Detections, painted: tuple[np.ndarray, Instances]) -> np.ndarray:
+    """Labels are numbered by confidence; the boxes tell which input each one is."""
+    labels, instances = painted
+    rows = [np.flatnonzero((detections.boxes_xyxy == box).all(axis=1))[0] for box in instances.boxes_xyxy]
+    return np.array([-1, *rows])[labels]
 
 
 @settings(deadline=None, max_examples=40)
@@ -227,7 +296,8 @@ def test_small_holes_of_one_object_are_filled_and_gaps_between_objects_are_not()
     labels[0, 19] = 0
     expected = labels.copy()
     expected[3, 3] = 1
-    fill_holes(labels, 4.0)
+    for label in (1, 2, 3):
+        fill_holes(labels, label, 4.0)
     np.testing.assert_array_equal(labels, expected)
 
 
@@ -236,7 +306,7 @@ def test_large_holes_and_bays_at_the_border_stay_open():
     labels[2:6, 2:6] = 0
     labels[0, 8] = 0
     expected = labels.copy()
-    fill_holes(labels, 16.0)
+    fill_holes(labels, 1, 16.0)
     np.testing.assert_array_equal(labels, expected)
 
 
