@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from dendsam_deploy.errors import InvalidArgumentError, StorageError
-from dendsam_deploy.volume.ngff import is_zarr
-from dendsam_deploy.volume.ngff_labels import NgffLabelSink
+from dendsam_deploy.volume.open import is_zarr
 from dendsam_deploy.volume.tiff_labels import TiffLabelSink
 from dendsam_deploy.volume.volume import LabelVolumeSpec, LabelWriter
 
@@ -83,6 +82,16 @@ class _Sink(Protocol):
     def close(self) -> None: ...
 
 
+def _create_sink(path: Path, spec: LabelVolumeSpec) -> _Sink:
+    """Begin a file of the wanted format."""
+    if spec.format == "tif":
+        return TiffLabelSink(path, spec)
+    # zarr takes as long to import as all the rest of this package; only those who need it wait.
+    from dendsam_deploy.volume.ngff_labels import NgffLabelSink  # noqa: PLC0415
+
+    return NgffLabelSink(path, spec)
+
+
 class _Publisher:
     """Checks slices, hands them to the sink of the format, and renames the result on a clean exit; a `LabelWriter`."""
 
@@ -93,8 +102,7 @@ class _Publisher:
         self._next_z = 0
         try:
             _remove(self._partial)
-            create_sink = TiffLabelSink if spec.format == "tif" else NgffLabelSink
-            self._sink: _Sink = create_sink(self._partial, spec)
+            self._sink = _create_sink(self._partial, spec)
         except OSError as error:
             raise _storage_error(path, error) from error
 

@@ -43,11 +43,6 @@ COMPLETE_KEY = "dendsam_deploy_complete"
 """Attribute of label volumes of this program: every chunk exists, empty ones too, so that an absent one is an error."""
 
 
-def is_zarr(path: Path) -> bool:
-    """Tell whether a folder is a Zarr array or group of format 2 or 3."""
-    return any((path / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup"))
-
-
 class ZarrReader:
     """Level 0 of an OME-Zarr image, or a plain Zarr array; see `VolumeReader`.
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from dendsam_deploy.errors import VolumeError
 from dendsam_deploy.volume.folder import FolderReader
-from dendsam_deploy.volume.ngff import ZarrReader, is_zarr
 from dendsam_deploy.volume.raster import PNG_MAGIC
 from dendsam_deploy.volume.tiff import TiffReader
 from dendsam_deploy.volume.tiff_pages import TIFF_MAGIC
@@ -36,6 +35,11 @@ _FOREIGN_MAGIC = {
     b"\x93NUM": "a numpy array",
     b"NRRD": "an NRRD file",
 }
+
+
+def is_zarr(path: Path) -> bool:
+    """Tell whether a folder is a Zarr array or group of format 2 or 3."""
+    return any((path / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup"))
 
 
 def open_volume(path: Path | str, voxel_size_nm: tuple[float, float, float] | None = None) -> VolumeReader:
@@ -85,10 +89,13 @@ def _open(path: Path, voxel_size_nm: tuple[float, float, float] | None, prefer_l
     """Choose the reader of a path."""
     check_voxel_size(voxel_size_nm)
     try:
+        if is_zarr(path):
+            # zarr takes as long to import as all the rest of this package; only those who need it wait.
+            from dendsam_deploy.volume.ngff import ZarrReader  # noqa: PLC0415
+
+            return ZarrReader(path, voxel_size_nm, prefer_labels)
         if path.is_dir():
-            return (
-                ZarrReader(path, voxel_size_nm, prefer_labels) if is_zarr(path) else FolderReader(path, voxel_size_nm)
-            )
+            return FolderReader(path, voxel_size_nm)
         with path.open("rb") as file:
             start = file.read(16)
     except FileNotFoundError as error:
