@@ -8,6 +8,7 @@ YOLOv8, YOLO11, YOLO26: github.com/ultralytics/ultralytics (AGPL-3.0; so are mod
 from __future__ import annotations
 
 import atexit
+import copy
 import dataclasses
 import importlib
 import logging
@@ -41,10 +42,14 @@ os.environ.update(
     YOLO_CONFIG_DIR=_SETTINGS_FOLDER,
     ULTRALYTICS_SAFE_LOAD="true",
 )
+_OMP_NUM_THREADS = os.environ.get("OMP_NUM_THREADS")
 import ultralytics  # noqa: E402 - after the environment that it reads
 from ultralytics.nn import tasks  # noqa: E402
 from ultralytics.nn.modules import OBB, Detect  # noqa: E402
+from ultralytics.utils import IterableSimpleNamespace  # noqa: E402
 
+if _OMP_NUM_THREADS is None:
+    os.environ.pop("OMP_NUM_THREADS", None)  # ultralytics sets it to 1, for every process started from here as well
 logging.getLogger("ultralytics").setLevel(logging.CRITICAL)  # it logs to stdout, which belongs to results
 
 RECORD_KEY = "dendsam"
@@ -55,7 +60,8 @@ _TENSOR_NAMES = re.compile(
     r"|torch\._utils\._rebuild_\w+|torch\.nn\.parameter\.Parameter|collections\.OrderedDict|builtins\.set|_codecs\.encode"
 )
 _MODULE_CLASSES = re.compile(r"(torch\.nn\.modules|ultralytics\.nn\.modules)(\.\w+)*|ultralytics\.nn\.tasks")
-_PLAIN_CLASSES = re.compile(r"ultralytics\.utils(\.loss|\.tal)?")
+_LOSS_CLASSES = re.compile(r"ultralytics\.utils\.(loss|tal)")
+_NAMESPACE = re.compile(r"ultralytics\.(yolo\.)?utils\.IterableSimpleNamespace")
 _PATH_CLASSES = re.compile(r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path")
 _YAML_NAME = re.compile(r"yolo(v8|11|26)([nsmlx])(-p2|-p6)?\.yaml")
 
@@ -181,7 +187,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def save_detector(path: Path, network: nn.Module, record: DetectorRecord) -> None:
+def save_detector(path: Path, trained: nn.Module, record: DetectorRecord) -> None:
     """Write a checkpoint of ours, half precision, that ultralytics reads too; temporary name, then rename.
 
     Raises
@@ -190,9 +196,12 @@ def save_detector(path: Path, network: nn.Module, record: DetectorRecord) -> Non
         If the file system refuses.
     """
     partial = path.with_name(f".{path.name}.partial")
+    arguments = {"task": "detect", "imgsz": record.tile_size_px}
+    network: Any = copy.deepcopy(trained).half()
+    network.args = arguments  # those of a training hold paths of the machine that it ran on
     content = {
-        "model": network.half(),
-        "train_args": {"task": "detect", "imgsz": record.tile_size_px, "single_cls": True},
+        "model": network,
+        "train_args": arguments,
         "version": ultralytics.__version__,
         "license": "AGPL-3.0 (https://ultralytics.com/license)",
         RECORD_KEY: dataclasses.asdict(record),
@@ -209,6 +218,18 @@ def save_detector(path: Path, network: nn.Module, record: DetectorRecord) -> Non
         raise StorageError(
             f"{path}: cannot write the checkpoint ({error.strerror or error}); free space or choose another place"
         ) from error
+
+
+def new_trainer(settings: Mapping[str, object]) -> Any:  # noqa: ANN401 - an untyped class of ultralytics
+    """Return ultralytics' detection trainer; settings that name a file are the caller's to check."""
+    # It brings half of the library along, which inference does not need.
+    from ultralytics.models.yolo.detect import DetectionTrainer  # noqa: PLC0415 - see above
+
+    # Reports of trainings to services, where their packages happen to be installed.
+    services: Any = ultralytics.settings
+    services.update(dict.fromkeys(("clearml", "comet", "dvc", "mlflow", "raytune"), False))
+    make: Callable[..., Any] = DetectionTrainer
+    return make(overrides=dict(settings))
 
 
 def _random_detector(path: Path, seed: int) -> YoloDetector:
@@ -285,9 +306,11 @@ def _stand_in(name: str, path: Path) -> Callable[..., object] | None:
         return _forward_of
     if _PATH_CLASSES.fullmatch(name):
         return _joined
+    if _NAMESPACE.fullmatch(name):
+        return IterableSimpleNamespace  # holds the arguments of a training; its constructor only stores them
     # Names of v8.0, before the package was rearranged.
     module_name = module_name.replace("ultralytics.yolo.utils", "ultralytics.utils")
-    if _MODULE_CLASSES.fullmatch(module_name) or _PLAIN_CLASSES.fullmatch(module_name):
+    if _MODULE_CLASSES.fullmatch(module_name) or _LOSS_CLASSES.fullmatch(module_name):
         try:
             original = getattr(importlib.import_module(module_name), attribute, None)
         except ImportError:
@@ -296,8 +319,8 @@ def _stand_in(name: str, path: Path) -> Callable[..., object] | None:
             raise CheckpointError(
                 f"{path}: needs {name}, which ultralytics {ultralytics.__version__} lacks; update ultralytics"
             )
-        is_plain = getattr(original, "__module__", "") == module_name and _PLAIN_CLASSES.fullmatch(module_name)
-        if isinstance(original, type) and (issubclass(original, nn.Module) or is_plain):
+        is_loss = getattr(original, "__module__", "") == module_name and _LOSS_CLASSES.fullmatch(module_name)
+        if isinstance(original, type) and (issubclass(original, nn.Module) or is_loss):
             return _shell(original)
     raise UnsafeFileError(
         f"{path}: would look up {name}, which is no part of a network; refused because opening it could run code"

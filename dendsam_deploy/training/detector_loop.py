@@ -1,0 +1,343 @@
+"""The detector's training loop: ultralytics' own, told what to do and watched."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import RandomSampler
+
+from dendsam_deploy.errors import (
+    CheckpointError,
+    InvalidArgumentError,
+    MissingCapabilityError,
+    StorageError,
+)
+from dendsam_deploy.models.detector import check_description, new_trainer, read_checkpoint
+from dendsam_deploy.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from dendsam_deploy.models.detector import YoloDetector
+    from dendsam_deploy.progress import ProgressCallback
+
+_LARGEST_BATCH = 32  # larger ones leave too few steps
+_CPU_BATCH = 8
+_FEW_EPOCHS = 300  # ultralytics' schedule until it knows how many epochs fit into the time
+_LAST_JUDGEMENT_S = 20.0
+
+# What the tiles already vary (scale, orientation, intensity) is varied little or not at all; there is no colour.
+_AUGMENTATION: dict[str, object] = {
+    "hsv_h": 0.0,
+    "hsv_s": 0.0,
+    "hsv_v": 0.0,
+    "scale": 0.1,
+    "translate": 0.1,
+    "flipud": 0.5,
+    "fliplr": 0.5,
+    "mosaic": 0.5,
+    "close_mosaic": 3,
+    "mixup": 0.0,
+    "copy_paste": 0.0,
+    "auto_augment": None,
+    "erasing": 0.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DetectorSchedule:
+    """Length and steps of a training; it ends at whichever of `minutes` and `epochs` comes first.
+
+    Parameters
+    ----------
+    minutes : float or None
+        Time for everything, from reading the volume to the last judgement.
+    epochs : int or None
+        Number of epochs. With `minutes` None the result depends on the seed alone.
+    tiles : int or None
+        Random tiles cut from the training slices. None: 600 on the CPU, 4000 on a GPU.
+    tiles_per_epoch : int or None
+        Tiles drawn from them between two judgements. None: 160 on the CPU, 1280 on a GPU.
+    judge_tiles : int
+        About how many held-out tiles judge an epoch.
+    batch : int or None
+        Tiles per step. None: 8 on the CPU; on a GPU what its memory allows, at most 32.
+    learning_rate : float
+        Peak rate of AdamW.
+    seed : int
+        Source of every random choice.
+    device : str
+        ``cpu`` or ``cuda[:N]``.
+    """
+
+    minutes: float | None = 20.0
+    epochs: int | None = None
+    tiles: int | None = None
+    tiles_per_epoch: int | None = None
+    judge_tiles: int = 24
+    batch: int | None = None
+    learning_rate: float = 2e-3
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.minutes is None and self.epochs is None:
+            raise InvalidArgumentError("training needs an end: give minutes, epochs or both")
+        numbers = (self.minutes, self.epochs, self.tiles, self.tiles_per_epoch, self.judge_tiles, self.batch)
+        if any(number is not None and number <= 0 for number in numbers):
+            raise InvalidArgumentError("times, numbers of epochs and tiles, and the batch must be positive")
+
+    @property
+    def tile_count(self) -> int:
+        """Tiles to cut."""
+        return self.tiles or (600 if self.device == "cpu" else 4000)
+
+    @property
+    def epoch_tiles(self) -> int:
+        """Tiles per epoch."""
+        return min(self.tile_count, self.tiles_per_epoch or (160 if self.device == "cpu" else 1280))
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutScores:
+    """Scores of a detector on the held-out tiles.
+
+    Parameters
+    ----------
+    precision, recall : float
+        At `score_threshold`, counting a box as found from an IoU of .5 on.
+    map50, map50_95 : float
+        Average precision at an IoU of .5, and its mean over .50:.05:.95.
+    score_threshold : float
+        Least score at which precision and recall balance best (largest F1).
+    """
+
+    precision: float
+    recall: float
+    map50: float
+    map50_95: float
+    score_threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoopPlan:
+    """One training on tiles that lie on disk.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds ``images/train``, ``images/val``, ``labels/train`` and ``labels/val``; checkpoints are written there.
+    tile_size_px : int
+        Side of the tiles.
+    most_boxes : int
+        Boxes on the fullest tile.
+    schedule : DetectorSchedule
+        Length and steps.
+    elapsed_s : float
+        Time of the schedule that was spent already, on the tiles and by interrupted runs.
+    """
+
+    folder: Path
+    tile_size_px: int
+    most_boxes: int
+    schedule: DetectorSchedule
+    elapsed_s: float
+
+    @property
+    def last(self) -> Path:
+        """Where an interrupted run stopped."""
+        return self.folder / "run" / "weights" / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint that did best on the held-out tiles."""
+        return self.folder / "run" / "weights" / "best.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedDetector:
+    """Scores of the best checkpoint, the number of epochs, and whether an interrupted run was continued."""
+
+    scores: HeldOutScores
+    epochs: int
+    resumed: bool
+
+
+def train_detector(
+    detector: YoloDetector, plan: LoopPlan, progress: ProgressCallback, note_elapsed: Callable[[float], None]
+) -> TrainedDetector:
+    """Train until the schedule ends; the best checkpoint lies at ``plan.best`` then.
+
+    Parameters
+    ----------
+    detector : YoloDetector
+        Where to start; its class scores are kept only if it knows the same single class.
+    plan : LoopPlan
+        Tiles and schedule.
+    progress : callable
+        Told about every batch.
+    note_elapsed : callable
+        Given the seconds spent so far after every epoch.
+
+    Raises
+    ------
+    MissingCapabilityError, StorageError, UnsafeFileError, VolumeError
+        As the classes say.
+    """
+    watch = _Watch(plan, progress, note_elapsed)
+    resumes = _can_resume(plan)
+    with _translated(plan), _all_threads():
+        trainer = new_trainer(_settings(plan) | ({"resume": str(plan.last)} if resumes else {}))
+        if not resumes:
+            description = detector.network.yaml
+            check_description(description, plan.folder)  # type: ignore[arg-type]  # a dict in every YOLO network
+            trainer.model = trainer.get_model(cfg=description, weights=detector.network, verbose=False)
+        measure_batch = trainer.auto_batch
+        trainer.auto_batch = lambda: min(measure_batch(), _LARGEST_BATCH)
+        trainer.add_callback("on_pretrain_routine_end", watch.before_training)
+        trainer.add_callback("on_train_batch_end", watch.after_batch)
+        trainer.add_callback("on_fit_epoch_end", watch.after_epoch)
+        trainer.train()
+    return TrainedDetector(_scores(trainer), int(trainer.epoch) + 1, resumes)
+
+
+class _Watch:
+    """Follows a trainer through its callbacks: reports, keeps time, draws each epoch's tiles."""
+
+    def __init__(self, plan: LoopPlan, progress: ProgressCallback, note_elapsed: Callable[[float], None]) -> None:
+        self._plan, self._progress, self._note_elapsed = plan, progress, note_elapsed
+        self._started = time.monotonic() - plan.elapsed_s
+        self._batch = 0
+        self._held_out = math.nan
+
+    def before_training(self, trainer: Any) -> None:  # noqa: ANN401 - ultralytics' trainer is untyped
+        """Let an epoch be a random part of the tiles, so that there are judgements often enough."""
+        loader = trainer.train_loader
+        generator = torch.Generator().manual_seed(self._plan.schedule.seed)
+        # ultralytics wraps the sampler of batches in one that repeats for ever.
+        batches = loader.batch_sampler.sampler
+        batches.sampler = RandomSampler(
+            loader.dataset, num_samples=self._plan.schedule.epoch_tiles, generator=generator
+        )
+
+    def after_batch(self, trainer: Any) -> None:  # noqa: ANN401
+        """Report."""
+        self._batch += 1
+        schedule, elapsed = self._plan.schedule, time.monotonic() - self._started
+        batches = len(trainer.train_loader)
+        epochs_done = trainer.epoch + min(1.0, self._batch / batches)
+        done = max(
+            elapsed / (60 * schedule.minutes) if schedule.minutes else 0.0,
+            epochs_done / schedule.epochs if schedule.epochs else 0.0,
+        )
+        loss = sum(float(value) for value in (trainer.tloss or {}).values())
+        left_min = elapsed / 60 * (1 - min(1.0, done)) / max(done, 1e-6)
+        judged = "" if math.isnan(self._held_out) else f"held-out mAP50 {self._held_out:.3f}, "
+        note = f"epoch {trainer.epoch + 1}, loss {loss:.3f}, {judged}{left_min:.1f} min left"
+        self._progress(Progress("train detector", min(1.0, done), 1.0, note))
+
+    def after_epoch(self, trainer: Any) -> None:  # noqa: ANN401
+        """Note the score and the time; end the training where its epochs are over before its time."""
+        self._batch = 0
+        self._held_out = float(trainer.metrics.get("metrics/mAP50(B)", math.nan))
+        epochs = self._plan.schedule.epochs
+        if epochs is not None and trainer.epoch + 1 >= epochs:
+            trainer.stop = True
+        self._note_elapsed(time.monotonic() - self._started)
+
+
+def _settings(plan: LoopPlan) -> dict[str, object]:
+    """Return what ultralytics is told."""
+    schedule = plan.schedule
+    on_cpu = schedule.device == "cpu"
+    batch = schedule.batch or (_CPU_BATCH if on_cpu else -1)
+    data = plan.folder / "data.yaml"
+    data.write_text(f"path: {plan.folder.resolve()}\ntrain: images/train\nval: images/val\nnames: [object]\n", "utf-8")
+    settings: dict[str, object] = {
+        "model": "a network given as an object.yaml",
+        "data": str(data),
+        "imgsz": plan.tile_size_px,
+        "epochs": schedule.epochs or _FEW_EPOCHS,
+        "patience": 0,
+        "batch": batch,
+        "nbs": batch if batch > 0 else _LARGEST_BATCH,
+        "device": "cpu" if on_cpu else (schedule.device.partition(":")[2] or "0"),
+        "optimizer": "AdamW",
+        "lr0": schedule.learning_rate,
+        "warmup_epochs": 1.0,
+        "warmup_bias_lr": 0.0,
+        "max_det": max(300, 2 * plan.most_boxes),
+        "seed": schedule.seed,
+        "deterministic": True,
+        "project": str(plan.folder.resolve()),
+        "name": "run",
+        "exist_ok": True,
+        "pretrained": False,
+        "plots": False,
+        "verbose": False,
+    }
+    if schedule.minutes is not None:
+        left_s = 60 * schedule.minutes - plan.elapsed_s - _LAST_JUDGEMENT_S
+        settings["time"] = max(left_s, 1.0) / 3600
+    return settings | _AUGMENTATION
+
+
+def _can_resume(plan: LoopPlan) -> bool:
+    """Tell whether an interrupted run left a checkpoint that can be continued; a kill may have cut it off."""
+    if not plan.last.is_file():
+        return False
+    try:
+        content = read_checkpoint(plan.last)
+    except CheckpointError:
+        return False
+    epoch, planned = int(content.get("epoch", -1)), content.get("train_args", {}).get("epochs", 0)
+    return 0 <= epoch < int(planned) - 1
+
+
+def _scores(trainer: Any) -> HeldOutScores:  # noqa: ANN401
+    """Read the last judgement, that of the best checkpoint."""
+    box = trainer.validator.metrics.box
+    precision, recall, map50, map50_95 = (float(value) for value in box.mean_results())
+    # Without a single detection ultralytics keeps empty lists instead of curves.
+    curve: Any = box.f1_curve
+    threshold = float(box.px[curve.mean(0).argmax()]) if len(curve) and curve.max() > 0 else 0.25
+    return HeldOutScores(precision, recall, map50, map50_95, threshold)
+
+
+@contextlib.contextmanager
+def _translated(plan: LoopPlan) -> Iterator[None]:
+    """Turn ultralytics' exceptions into ours, and keep its prints away from stdout, which belongs to results."""
+    if plan.schedule.device != "cpu" and not torch.cuda.is_available():
+        raise MissingCapabilityError(
+            f"{plan.schedule.device} is not available to torch on this machine; train on the cpu"
+        )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except OSError as error:
+        raise StorageError(
+            f"{plan.folder}: training cannot write ({error.strerror or error}); free space and run again to go on"
+        ) from error
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise MissingCapabilityError(f"the training broke off: {reason}; a smaller batch needs less memory") from error
+
+
+@contextlib.contextmanager
+def _all_threads() -> Iterator[None]:
+    """Use every core: importing ultralytics reduces torch to one thread where OMP_NUM_THREADS is not set."""
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
