@@ -1,21 +1,23 @@
 """SAM's box decoder as a deployable graph: many boxes of many tiles at once, and only the arithmetic that a box needs.
 
-The graph equals ``SamPredictor.predict_torch(boxes=..., multimask_output=False)`` to rounding: mask token 0, no padding point, no
-mask prompt. It is a reordering, not an approximation, of segment_anything's modules, whose parameters it shares, so
-the same module is trained and exported. What is reordered, with P image tokens of width C = 256 and T = 7 prompt tokens (one for the IoU, four
-for masks, two box corners) in H = 8 heads of width D = 16:
+The graph equals ``SamPredictor.predict_torch(boxes=..., multimask_output=False)`` to rounding: mask token 0, no padding
+point, no mask prompt. It is a reordering, not an approximation, of segment_anything's modules, whose parameters it
+shares, so the same module is trained and exported. What is reordered, with P image tokens of width C = 256 and T = 7
+prompt tokens (one for the IoU, four for masks, two box corners) in H = 8 heads of width D = 16:
 
 Few queries
-    Token-to-image attention needs ``q . (W_k x + b_k)`` for H T = 56 query rows and P image tokens. Projecting the queries back,
-    ``(W_k^T q) . x``, avoids projecting the image; ``q . b_k`` is the same for all image tokens and cancels in the softmax. Values are
-    aggregated before they are projected, ``W_v (sum_p a_p x_p) + b_v``, because the weights sum to one.
+    Token-to-image attention needs ``q . (W_k x + b_k)`` for H T = 56 query rows and P image tokens. Projecting the
+    queries back, ``(W_k^T q) . x``, avoids projecting the image; ``q . b_k`` is the same for all image tokens and
+    cancels in the softmax. Values are aggregated before they are projected, ``W_v (sum_p a_p x_p) + b_v``, because the
+    weights sum to one.
 Few keys
     Image-to-token attention folds in the same way: ``W_q`` into the token keys and ``W_o`` into the token values.
 First layer once
-    Until the first image-to-token attention, the image tokens do not depend on the box. Their projections are made once per tile.
+    Until the first image-to-token attention, the image tokens do not depend on the box. Their projections are made once
+    per tile.
 Local upscaling
-    The transposed convolutions with kernel = stride = 2, the layer norm and the GELU never look at a neighbouring cell. They run on the
-    cells of the box's region alone.
+    The transposed convolutions with kernel = stride = 2, the layer norm and the GELU never look at a neighbouring cell.
+    They run on the cells of the box's region alone.
 
 References
 ----------
@@ -35,6 +37,7 @@ from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX, LOGIT_STRIDE_PX
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
+    from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 
 CELLS_PER_TOKEN = EMBEDDING_STRIDE_PX // LOGIT_STRIDE_PX
 
@@ -42,7 +45,8 @@ CELLS_PER_TOKEN = EMBEDDING_STRIDE_PX // LOGIT_STRIDE_PX
 class DecodedTokens(NamedTuple):
     """What the two-way transformer makes of n prompts.
 
-    `masks` (n, 4, C) are the mask tokens, `iou` (n, 4) the predicted IoU of each, `image` (n, P, C) the image tokens as each prompt left them.
+    `masks` (n, 4, C) are the mask tokens, `iou` (n, 4) the predicted IoU of each, `image` (n, P, C) the image tokens as
+    each prompt left them.
     """
 
     masks: Tensor
@@ -99,7 +103,7 @@ class BoxDecoderGraph(nn.Module):
         kernel = self.mask_decoder.output_hypernetworks_mlps[0](decoded.masks[:, 0])
         side = region[0]
         origin = self.region_origin(boxes, side)
-        cells = self.region_tokens(decoded.image, origin, torch.arange(side, device=boxes.device))
+        cells = self.region_tokens(decoded.image, origin, torch.arange(side.item(), device=boxes.device))
         return self.mask_logits(cells, kernel), origin * CELLS_PER_TOKEN, decoded.iou[:, 0]
 
     def box_tokens(self, boxes: Tensor) -> Tensor:
@@ -131,7 +135,7 @@ class BoxDecoderGraph(nn.Module):
         return DecodedTokens(queries[:, 1 : 1 + count], decoder.iou_prediction_head(queries[:, 0]), keys)
 
     def region_origin(self, boxes: Tensor, side: Tensor) -> Tensor:
-        """Return the first embedding cell ``(n, 2)``, (y, x), of the region of `side` cells that is centred on each box."""
+        """Return the first cell ``(n, 2)``, (y, x), of the region of `side` embedding cells centred on each box."""
         centre_xy = (boxes[:, :2] + boxes[:, 2:]) / (2 * EMBEDDING_STRIDE_PX)
         first = torch.floor(centre_xy.flip(1) - side / 2 + 0.5).to(torch.int64)
         return torch.minimum(torch.clamp(first, min=0), self.grid - side)
@@ -145,26 +149,26 @@ class BoxDecoderGraph(nn.Module):
         return image.reshape(-1, image.shape[2])[index]
 
     def mask_logits(self, cells: Tensor, kernel: Tensor) -> Tensor:
-        """Upscale region tokens ``(n, r, r, C)`` four times and multiply by each mask's kernel ``(n, C/8)``: ``(n, 4r, 4r)``."""
+        """Upscale region tokens ``(n, r, r, C)`` and multiply by each mask's kernel ``(n, C/8)``: ``(n, 4r, 4r)``."""
         first, norm, activation, second, _ = self.mask_decoder.output_upscaling
-        hidden = _subcells(cells, first)
+        hidden = _subcells(cells, first.weight, first.bias)
         hidden = activation(functional.layer_norm(hidden, hidden.shape[-1:], norm.weight, norm.bias, norm.eps))
-        fine = activation(_subcells(hidden, second))
-        # (n, r, r, 4, 4, c) . (n, c): the last two sub-cell axes are (y, x) pairs of the first and the second upscaling.
+        fine: Tensor = activation(_subcells(hidden, second.weight, second.bias))
+        # (n, r, r, 4, 4, c) . (n, c): the two axes of 4 are the (y, x) pairs of the first and of the second upscaling.
         count, side = cells.shape[0], cells.shape[1]
         logits = fine.reshape(count, -1, fine.shape[-1]) @ kernel[:, :, None]
         logits = logits.reshape(count, side, side, 2, 2, 2, 2)
         return logits.permute(0, 1, 3, 5, 2, 4, 6).reshape(count, side * CELLS_PER_TOKEN, side * CELLS_PER_TOKEN)
 
     def _position_of(self, points_xy: Tensor) -> Tensor:
-        """Encode positions ``(n, k, 2)`` in tile px by SAM's random Fourier features; half a pixel is added as SAM does."""
+        """Encode positions ``(n, k, 2)`` in tile px by SAM's random Fourier features; SAM adds half a pixel."""
         matrix = self.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
         unit = (points_xy + 0.5) / (self.grid * EMBEDDING_STRIDE_PX)
         angle = 2 * math.pi * ((2 * unit - 1) @ matrix)
         return torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1)
 
     def _first_layer(self, tokens: Tensor, image: Tensor, tile_index: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the first block; everything that depends on the image alone is computed per tile and then picked per box."""
+        """Run the first block; what depends on the image alone is computed per tile and then picked per box."""
         layer = self.mask_decoder.transformer.layers[0]
         queries = layer.norm1(layer.self_attn(q=tokens, k=tokens, v=tokens))
         attention, back = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
@@ -184,7 +188,9 @@ class BoxDecoderGraph(nn.Module):
         update = weights @ _folded_values(back, queries) + back.out_proj.bias
         return queries, layer.norm4(image[tile_index] + update)
 
-    def _later_layer(self, layer: nn.Module, queries: Tensor, keys: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _later_layer(
+        self, layer: TwoWayAttentionBlock, queries: Tensor, keys: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Run a block whose image tokens already differ from box to box."""
         placed = queries + tokens
         queries = layer.norm1(queries + layer.self_attn(q=placed, k=placed, v=queries))
@@ -215,13 +221,13 @@ def _per_head(weight: Tensor, heads: int) -> Tensor:
 def _head_product(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply each head of ``(n, h, t, d)`` by its own matrix of ``(h, d, e)``: ``(n, h, t, e)``.
 
-    Equals ``x @ weight``. The prompts become rows of one product per head because onnxruntime cannot broadcast over n = 0.
+    Equals ``x @ weight``. The prompts become rows of one product per head: onnxruntime cannot broadcast over n = 0.
     """
     rows = x.transpose(0, 1).flatten(1, 2)
-    return (rows @ weight).unflatten(1, (-1, x.shape[2])).transpose(0, 1)
+    return torch.unflatten(rows @ weight, 1, (-1, x.shape[2])).transpose(0, 1)
 
 
-def _few_queries(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _few_queries(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend from few tokens ``(n, t, C)`` to many ``(n, p, C)`` without projecting the many.
 
     Equals ``attention(q=query, k=key, v=value)`` of segment_anything.
@@ -230,12 +236,13 @@ def _few_queries(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor
     q = _heads(attention.q_proj(query), heads)
     folded = _head_product(q, _per_head(attention.k_proj.weight, heads)).flatten(1, 2)
     scores = folded @ key.transpose(1, 2) / math.sqrt(q.shape[-1])
-    mixed = (scores.softmax(dim=-1) @ value).unflatten(1, (heads, -1))
+    mixed = torch.unflatten(scores.softmax(dim=-1) @ value, 1, (heads, -1))
     projected = _head_product(mixed, _per_head(attention.v_proj.weight, heads).transpose(1, 2))
-    return attention.out_proj(projected.transpose(1, 2).flatten(2) + attention.v_proj.bias)
+    attended: Tensor = attention.out_proj(projected.transpose(1, 2).flatten(2) + attention.v_proj.bias)
+    return attended
 
 
-def _few_keys(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _few_keys(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend from many tokens ``(n, p, C)`` to few ``(n, t, C)`` without projecting the many.
 
     Equals ``attention(q=query, k=key, v=value)`` of segment_anything.
@@ -245,11 +252,12 @@ def _few_keys(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor) -
     folded = _head_product(k, _per_head(attention.q_proj.weight, heads)).flatten(1, 2)
     bias = _head_product(k, attention.q_proj.bias.reshape(heads, -1, 1)).flatten(1)
     scores = (query @ folded.transpose(1, 2) + bias[:, None]) / math.sqrt(k.shape[-1])
-    weights = scores.unflatten(2, (heads, -1)).softmax(dim=-1).flatten(2)
-    return weights @ _folded_values(attention, value) + attention.out_proj.bias
+    weights = torch.unflatten(scores, 2, (heads, -1)).softmax(dim=-1).flatten(2)
+    attended: Tensor = weights @ _folded_values(attention, value) + attention.out_proj.bias
+    return attended
 
 
-def _folded_values(attention: nn.Module, value: Tensor) -> Tensor:
+def _folded_values(attention: Attention, value: Tensor) -> Tensor:
     """Project few value tokens ``(n, t, C)`` through the value and the output projection: ``(n, h * t, C)``."""
     heads = attention.num_heads
     projected = _heads(attention.v_proj(value), heads)
@@ -257,8 +265,17 @@ def _folded_values(attention: nn.Module, value: Tensor) -> Tensor:
     return _head_product(projected, out).flatten(1, 2)
 
 
-def _subcells(x: Tensor, convolution: nn.ConvTranspose2d) -> Tensor:
-    """Apply a transposed convolution of kernel = stride = 2 to channels-last cells ``(..., c)``: ``(..., 4, c')``."""
-    weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)
-    channels = convolution.out_channels
-    return (x @ weight).unflatten(-1, (4, channels)) + convolution.bias
+def _subcells(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply a transposed convolution of kernel = stride = 2 to channels-last cells ``(..., c)``: ``(..., 4, c')``.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., c)
+        Cells.
+    weight : Tensor, shape (c, c', 2, 2)
+        Kernel of the convolution.
+    bias : Tensor, shape (c',)
+        Its bias.
+    """
+    matrix = weight.permute(0, 2, 3, 1).flatten(1)
+    return torch.unflatten(x @ matrix, -1, (4, weight.shape[1])) + bias

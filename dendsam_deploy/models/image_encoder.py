@@ -1,4 +1,4 @@
-"""SAM's image encoder as a deployable graph: uint8 tiles in, embeddings out, everything that depends on shapes folded."""
+"""SAM's image encoder as a deployable graph: uint8 tiles in, embeddings out."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class ImageEncoderGraph(nn.Module):
         tiles : Tensor, shape (b, S, S), uint8
             Grey values; what lies outside `sizes` is ignored.
         sizes : Tensor, shape (b, 2), int64
-            Valid height and width of each tile, anchored at its top left corner. SAM pads with zeros *after* normalisation, so the padding
-            has to be known here.
+            Valid height and width of each tile, anchored at its top left corner. SAM pads with zeros *after*
+            normalisation, so the padding has to be known here.
 
         Returns
         -------

@@ -1,7 +1,7 @@
 """Segment Anything models of every supported size, built from the modules of the segment_anything package.
 
-``tiny`` is a small vision transformer of the same shape as SAM's own, meant for training on a workstation without a GPU; everything behind its
-encoder is SAM unchanged, so one decoder graph serves all types.
+``tiny`` is a small vision transformer of the same shape as SAM's own, fit for training on a workstation without a GPU;
+everything behind its encoder is SAM unchanged, so one decoder graph serves all types.
 
 References
 ----------
@@ -24,6 +24,10 @@ from dendsam_deploy.models.tiny_vit import TinyViTEncoder
 
 ModelType = Literal["vit_b", "vit_l", "vit_h", "vit_t", "tiny"]
 MODEL_TYPES: tuple[ModelType, ...] = get_args(ModelType)
+
+SMALLEST_IMAGE_PX = 64
+LARGEST_IMAGE_PX = 4096
+"""Attention over the whole image needs memory with the fourth power of its side; 4096 px is beyond today's GPUs."""
 
 EMBEDDING_CHANNELS = 256
 PIXEL_MEAN_RGB = (123.675, 116.28, 103.53)
@@ -74,14 +78,15 @@ def build_sam(model_type: ModelType, image_size: int | None = None) -> Sam:
     Raises
     ------
     InvalidArgumentError
-        If the type is unknown or the size is not a multiple of the patch.
+        If the type is unknown or the size is impossible.
     """
     if model_type not in MODEL_TYPES:
         raise InvalidArgumentError(f"unknown model type {model_type!r}; choose one of {', '.join(MODEL_TYPES)}")
     size = default_image_size(model_type) if image_size is None else image_size
-    if size < 4 * EMBEDDING_STRIDE_PX or size % EMBEDDING_STRIDE_PX:
+    if not SMALLEST_IMAGE_PX <= size <= LARGEST_IMAGE_PX or size % EMBEDDING_STRIDE_PX:
         raise InvalidArgumentError(
-            f"an image size of {size} px does not fit patches of {EMBEDDING_STRIDE_PX} px; choose a multiple, at least 64"
+            f"an image size of {size} px is not possible; choose a multiple of {EMBEDDING_STRIDE_PX} "
+            f"from {SMALLEST_IMAGE_PX} to {LARGEST_IMAGE_PX}"
         )
     encoder = TinyViTEncoder(size) if model_type == "vit_t" else _plain_encoder(ENCODER_SHAPES[model_type], size)
     grid = size // EMBEDDING_STRIDE_PX
@@ -125,9 +130,9 @@ def _plain_encoder(shape: EncoderShape, image_size: int) -> ImageEncoderViT:
 def initialise(sam: Sam, generator: torch.Generator) -> None:
     """Give a model fit starting weights for training from nothing.
 
-    segment_anything leaves the position embedding at zero and linear layers at torch's default, which is meant for shallow networks. Here
-    linear layers of the encoder and the position embedding get the truncated normal distribution of standard deviation 0.02 that vision
-    transformers are trained from.
+    segment_anything leaves the position embedding at zero and linear layers at torch's default, which is meant for
+    shallow networks. Here linear layers of the encoder and the position embedding get the truncated normal distribution
+    of standard deviation 0.02 that vision transformers are trained from.
 
     References
     ----------
