@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from dendsam_deploy.errors import InvalidArgumentError, VolumeError
+from dendsam_deploy.evaluate.segmentation import find_segmentation
 from dendsam_deploy.metrics.contingency import ContingencyTable
 from dendsam_deploy.metrics.overlaps import ObjectOverlaps
 from dendsam_deploy.metrics.summary import ObjectScores, PartitionScores, score_objects, score_partition
@@ -16,8 +18,6 @@ from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 from dendsam_deploy.volume.open import open_labels
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from dendsam_deploy.volume.volume import VolumeInfo, VolumeReader
@@ -33,7 +33,7 @@ class EvaluateOptions:
     Parameters
     ----------
     slices : range or None
-        Slices to score, such as those that training did not see; None scores all.
+        Slices of the truth to score, such as those that training did not see; None scores all that the labels cover.
     ignore_labels : tuple of int
         Labels of the truth that mean "not judged", such as membrane: their voxels are removed from both volumes. Truth
         of label 0 is background, and judged, unless 0 is listed here.
@@ -49,8 +49,11 @@ class EvaluateOptions:
     ignore_labels: tuple[int, ...] = ()
     sparse_truth: bool = False
     as_2d: bool = False
+    first_slice: int | None = None
 
     def __post_init__(self) -> None:
+        if self.first_slice is not None and self.first_slice < 0:
+            raise InvalidArgumentError(f"the first slice is {self.first_slice}, expected 0 or more")
         if self.slices is not None and (not self.slices or self.slices.step < 1 or self.slices.start < 0):
             raise InvalidArgumentError(f"{self.slices} names no slices; give start < stop, counted from 0")
 
@@ -170,9 +173,9 @@ def evaluate_labels(
     Parameters
     ----------
     labels_path : Path or str
-        The segmentation.
+        The segmentation: a label volume, or the folder that `segment` wrote.
     truth_path : Path or str
-        The truth, of the same shape.
+        The truth, of the same shape, or longer in z where `options.first_slice` or the run's record says which part.
     options : EvaluateOptions or None
         None stands for the defaults.
     progress : callable
@@ -185,8 +188,12 @@ def evaluate_labels(
     InvalidArgumentError
         The slices asked for are not in the volume.
     """
-    with open_labels(labels_path) as labels, open_labels(truth_path) as truth:
-        return score_volumes(labels, truth, options or EvaluateOptions(), progress)
+    options = options or EvaluateOptions()
+    found = find_segmentation(Path(labels_path))
+    if options.first_slice is None and found.first_slice:
+        options = replace(options, first_slice=found.first_slice)
+    with open_labels(found.path) as labels, open_labels(truth_path) as truth:
+        return score_volumes(labels, truth, options, progress)
 
 
 def score_volumes(
@@ -197,11 +204,14 @@ def score_volumes(
     Two slices are in memory at a time, and the sparse tables of what was read so far.
     """
     chosen = _chosen_slices(labels.info, truth.info, options)
+    first = options.first_slice or 0
     per_slice: list[SliceScores] = []
     unscored: list[int] = []
     pending: list[ContingencyTable] = []
     for done, z in enumerate(chosen, start=1):
-        table = _slice_table(labels, truth, z).without_truth(options.ignore_labels)
+        table = ContingencyTable.from_labels(
+            cast("NDArray[np.uint32]", truth.read(z)), cast("NDArray[np.uint32]", labels.read(z - first))
+        ).without_truth(options.ignore_labels)
         judged = table.without_unannotated() if options.sparse_truth else table
         if len(judged) and (judged.truth.any() or not options.sparse_truth):
             per_slice.append(_score_slice(z, judged))
@@ -234,30 +244,29 @@ def score_volumes(
 
 def _chosen_slices(labels: VolumeInfo, truth: VolumeInfo, options: EvaluateOptions) -> range:
     """Return the slices to score, or say why the volumes cannot be compared."""
-    if labels.shape_zyx != truth.shape_zyx:
+    depth, *plane = labels.shape_zyx
+    first = options.first_slice or 0
+    fits = first + depth <= truth.shape_zyx[0] if options.first_slice is not None else depth == truth.shape_zyx[0]
+    if plane != list(truth.shape_zyx[1:]) or not fits:
         found = " x ".join(map(str, labels.shape_zyx))
         expected = " x ".join(map(str, truth.shape_zyx))
+        beginning = f" from slice {first} on" if first else ""
         raise VolumeError(
-            f"{labels.source}: {found} voxels (z, y, x), but {truth.source} has {expected}; "
+            f"{labels.source}: {found} voxels (z, y, x){beginning}, but {truth.source} has {expected}; "
             "crop or resample one of them so that both show the same voxels"
         )
-    depth = labels.shape_zyx[0]
-    chosen = range(depth) if options.slices is None else options.slices
-    if chosen and chosen[-1] >= depth:
-        raise InvalidArgumentError(f"slices {_named(chosen)} asked for, but {labels.source} ends at slice {depth - 1}")
+    covered = range(first, first + depth)
+    chosen = covered if options.slices is None else options.slices
+    if chosen and not (chosen[0] in covered and chosen[-1] in covered):
+        raise InvalidArgumentError(
+            f"slices {_named(chosen)} asked for, but {labels.source} shows slices {_named(covered)}"
+        )
     return chosen
 
 
 def _named(slices: range) -> str:
     """Name a range of slices by its first and last one."""
     return f"{slices[0]} to {slices[-1]}" if slices else "(none)"
-
-
-def _slice_table(labels: VolumeReader, truth: VolumeReader, z: int) -> ContingencyTable:
-    """Read one slice of both volumes and count it."""
-    return ContingencyTable.from_labels(
-        cast("NDArray[np.uint32]", truth.read(z)), cast("NDArray[np.uint32]", labels.read(z))
-    )
 
 
 def _labels_of_own_slice(table: ContingencyTable, z: int) -> ContingencyTable:

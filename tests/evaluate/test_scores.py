@@ -54,7 +54,13 @@ def test_document_has_the_keys_of_the_contract():
     assert [row["z"] for row in document["per_slice"]] == list(range(8))
     assert all(row.keys() == OBJECT_KEYS | COUNT_KEYS | {"z"} for row in document["per_slice"])
     assert document["per_object"][0].keys() == {"z", "truth_id", "voxels", "segment_id", "iou"}
-    assert document["options"] == {"slices": None, "ignore_labels": [], "sparse_truth": False, "as_2d": False}
+    assert document["options"] == {
+        "slices": None,
+        "ignore_labels": [],
+        "sparse_truth": False,
+        "as_2d": False,
+        "first_slice": None,
+    }
 
 
 def test_volume_scores_are_those_of_the_whole_volume_at_once():
@@ -195,7 +201,7 @@ def test_ranges_that_name_no_slices_are_refused(slices):
 
 
 def test_slices_beyond_the_volume_are_refused():
-    with pytest.raises(InvalidArgumentError, match="slices 6 to 8 asked for, but labels ends at slice 7"):
+    with pytest.raises(InvalidArgumentError, match="slices 6 to 8 asked for, but labels shows slices 0 to 7"):
         score(blocks(1), blocks(2), slices=range(6, 9))
 
 
