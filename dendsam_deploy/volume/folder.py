@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from dendsam_deploy.errors import VolumeError
 from dendsam_deploy.volume.checks import check_read, check_shape
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from dendsam_deploy.geometry import Window
@@ -107,8 +107,8 @@ class _Header:
 def find_slices(folder: Path) -> list[Path]:
     """Return the slice files of a folder in natural order (``s9`` before ``s10``).
 
-    Where the names differ in one number only, that number counts the slices, and it must count without gaps, in steps
-    of any one size. Names that follow several patterns are taken as they are, unless one pattern rules and a few files
+    Where a number in the names grows from file to file, it counts the slices and must do so without gaps, in steps of
+    any one size. Names that follow several patterns are taken as they are, unless one pattern rules and a few files
     break it.
 
     Raises
@@ -146,23 +146,22 @@ def _check_numbering(folder: Path, files: Sequence[Path]) -> None:
         raise VolumeError(f"{stray}: does not fit the other names ({ruling}, # = a number); remove or rename it")
     if count < len(files):
         return
-    numbers = np.array([[int(run) for run in re.findall(r"[0-9]+", file.name)] for file in files], object)
-    counters = [column for column in numbers.T if len(set(column)) > 1]
-    if len(files) > 1 and not counters:
-        raise VolumeError(f"{files[1]}: has the same number as {files[0].name}; remove one of the two")
-    if len(counters) != 1:
+    numbers = [[int(run) for run in re.findall(r"[0-9]+", file.name)] for file in files]
+    for (before, row), (file, next_row) in pairwise(zip(files, numbers, strict=True)):
+        if row == next_row:
+            raise VolumeError(f"{file}: has the same number as {before.name}; remove one of the two")
+    # Names may hold several numbers (a position, a date, a grid): a counter is one that grows from every file to the
+    # next.
+    counters = [column for column in zip(*numbers, strict=True) if all(a < b for a, b in pairwise(column))]
+    steps = [[b - a for a, b in pairwise(counter)] for counter in counters]
+    if not counters or any(len(set(sizes)) <= 1 for sizes in steps):
         return
-    counter = counters[0]
-    steps = np.diff(counter)
-    step = min(steps)
-    for index, found in enumerate(steps):
-        if found == 0:
-            raise VolumeError(f"{files[index + 1]}: has the same number as {files[index].name}; remove one of the two")
-        if found != step:
-            raise VolumeError(
-                f"{folder}: slice number {counter[index] + step} is missing between {files[index].name} and "
-                f"{files[index + 1].name}; add the file, or renumber the slices if the section was lost"
-            )
+    step = min(steps[0])
+    gap = next(index for index, size in enumerate(steps[0]) if size != step)
+    raise VolumeError(
+        f"{folder}: slice number {counters[0][gap] + step} is missing between {files[gap].name} and "
+        f"{files[gap + 1].name}; add the file, or renumber the slices if the section was lost"
+    )
 
 
 def _is_png(file: Path) -> bool:

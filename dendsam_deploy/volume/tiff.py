@@ -162,9 +162,7 @@ def _decode_window(page: tifffile.TiffPage, window: Window) -> NDArray[np.generi
             handle.seek(page.dataoffsets[index])
             encoded = handle.read(page.databytecounts[index])
             decoded, _, _ = page.decode(encoded, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
-            if decoded is None:
-                raise VolumeError(f"{page.parent.filename}: strip or tile {index} is empty; {REMEDY}")
-            samples, y, x = decoded[0, :, :, 0], row * height, column * width
+            samples, y, x = np.asarray(decoded)[0, :, :, 0], row * height, column * width
             y0, x0 = max(y, window.y0), max(x, window.x0)
             y1, x1 = min(y + samples.shape[0], window.y1), min(x + samples.shape[1], window.x1)
             part = samples[y0 - y : y1 - y, x0 - x : x1 - x]

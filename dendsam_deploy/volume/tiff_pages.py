@@ -99,12 +99,12 @@ def find_planes(file: tifffile.TiffFile, path: Path) -> list[int] | PlaneRun:
     Returns
     -------
     list of int or PlaneRun
-        Indices of pages in order of z, or the place of slices that have no pages. Sizes and types are not yet compared.
+        Indices of pages in order of z, or the place of slices that have no pages.
 
     Raises
     ------
     VolumeError
-        Colour, several images, axes other than z, or fewer pages than the description claims.
+        Colour, several images or sizes, axes other than z, or fewer pages than the description claims.
     """
     first = page_at(file, 0)
     check_page(first, first, str(path))

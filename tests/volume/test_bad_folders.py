@@ -86,6 +86,10 @@ def folder_gap(folder):
     return slices(folder, ["s08.png", "s09.png", "s11.png"])
 
 
+def folder_gap_beside_a_position(folder):
+    return slices(folder, ["s1_z0.png", "s2_z15.png", "s4_z45.png"])
+
+
 def folder_gap_of_tens(folder):
     return slices(folder, ["s0.png", "s10.png", "s20.png", "s40.png"])
 
@@ -137,6 +141,7 @@ BAD = {
     folder_mixed_sizes: ["s3.png", "20 x 30", "40 x 30"],
     folder_mixed_types: ["s2.tif", "uint16", "uint8"],
     folder_gap: ["number 10 is missing", "s09.png", "s11.png"],
+    folder_gap_beside_a_position: ["number 3 is missing", "s2_z15.png", "s4_z45.png"],
     folder_gap_of_tens: ["number 30 is missing"],
     folder_doubled_number: ["same number"],
     folder_stray: ["overview.png", "does not fit"],

@@ -73,6 +73,7 @@ ACCEPTED = {
     "in tens": ["s0.png", "s10.png", "s20.png"],
     "one file": ["only.png"],
     "two counters": ["b1_s1.png", "b1_s2.png", "b2_s1.png"],
+    "a position beside the counter": ["s1_z0.png", "s2_z15.png", "s3_z33.png"],
     "constant numbers beside the counter": ["em2024_z1_r4.png", "em2024_z2_r4.png"],
     "no numbers": ["apical.png", "basal.png"],
     "capitals": ["S1.png", "s2.PNG", "S3.png"],

@@ -88,6 +88,11 @@ def test_twelve_bit_samples_become_uint16(tmp_path):
     assert_reads(tmp_path / "stack.tif", data)
 
 
+def test_lossy_jpeg_is_read_as_tifffile_reads_it(tmp_path):
+    tifffile.imwrite(tmp_path / "stack.tif", GREY8, compression="jpeg", tile=(32, 32), photometric="minisblack")
+    assert_reads(tmp_path / "stack.tif", tifffile.imread(tmp_path / "stack.tif"))
+
+
 def test_palette_of_a_label_stack_is_ignored(tmp_path):
     """ImageJ saves 8-bit labels shown in colours as indices with a palette; the indices are the labels."""
     colours = RNG.integers(0, 65535, (3, 256), np.uint16)
