@@ -1,0 +1,214 @@
+"""Charts for the pages, as SVG that takes its colours and its font from the page around it. The home of matplotlib."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+_INK = "#101112"
+_FAINT = "#131415"
+_SERIES = ("#201011", "#201012", "#201013")
+_PAGE_COLOURS = {
+    _INK: "currentColor",
+    _FAINT: "var(--line)",
+    **{colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, start=1)},
+}
+"""Stand-ins for colours that only the page knows, since it may be light or dark."""
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dendsam-deploy",
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.7,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+}
+
+_MARKED_POINTS = 60
+"""Curves of fewer points show each of them, so that a run of one slice shows something at all."""
+
+
+_MOST_BINS = 40
+
+_CROWDED_RATIO = 3000.0
+"""On a logarithmic axis of a wider range only the powers of ten are named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One curve; `values` has one entry for each z and may hold NaN where there is nothing to show."""
+
+    label: str
+    values: NDArray[np.float64]
+
+
+def chart_along_z(z: NDArray[np.int64], series: Sequence[Series], y_label: str, y_limit: float | None = None) -> str:
+    """Draw up to three curves over the slice number.
+
+    Parameters
+    ----------
+    z : ndarray, shape (Z,), int64
+        Slices, ascending.
+    series : sequence of Series
+        The curves.
+    y_label : str
+        What they show, with its unit.
+    y_limit : float or None
+        Upper end of the axis; None fits it to the data.
+
+    Returns
+    -------
+    str
+        An ``<svg>`` element.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(height=2.3)
+        for colour, curve in zip(_SERIES, series, strict=False):
+            marker = "o" if len(z) <= _MARKED_POINTS else ""
+            axes.plot(z, curve.values, color=colour, linewidth=1.5, marker=marker, markersize=3.5, label=curve.label)
+        axes.set(xlabel="slice z", ylabel=y_label)
+        axes.margins(y=0.1)
+        axes.set_ylim(bottom=0, top=y_limit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(series) > 1:
+            axes.legend(ncols=len(series), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+        return _svg(figure)
+
+
+def size_histogram(sizes: NDArray[np.float64], x_label: str) -> str:
+    """Draw how often sizes occur, in bins of equal ratio.
+
+    Parameters
+    ----------
+    sizes : ndarray, shape (N,), float64
+        Positive numbers.
+    x_label : str
+        What they are, with their unit.
+
+    Returns
+    -------
+    str
+        An ``<svg>`` element.
+    """
+    low, high = float(sizes.min()), float(sizes.max())
+    if low == high:
+        low, high = low / 2, high * 2
+    return _histogram(sizes, np.geomspace(low, high, _bin_count(sizes) + 1), x_label, "log")
+
+
+def count_histogram(counts: NDArray[np.int64], x_label: str) -> str:
+    """Draw how often whole numbers occur, in bins of equally many whole numbers.
+
+    Parameters
+    ----------
+    counts : ndarray, shape (N,), int64
+        Numbers from 1.
+    x_label : str
+        What they count.
+
+    Returns
+    -------
+    str
+        An ``<svg>`` element.
+    """
+    width = -(-int(counts.max()) // _MOST_BINS)
+    return _histogram(counts, np.arange(0.5, counts.max() + width + 0.5, width), x_label, "linear")
+
+
+def stage_bars(seconds: Mapping[str, float], limiting: str) -> str:
+    """Draw one bar for each stage, with the limiting one in another colour.
+
+    Parameters
+    ----------
+    seconds : mapping
+        Duration of each stage, in the order in which they are shown from the top.
+    limiting : str
+        The stage that decides how long it all takes.
+
+    Returns
+    -------
+    str
+        An ``<svg>`` element.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(height=0.6 + 0.26 * len(seconds))
+        colours = [_SERIES[1] if stage == limiting else _SERIES[0] for stage in seconds]
+        bars = axes.barh(list(seconds), list(seconds.values()), color=colours, height=0.7)
+        axes.bar_label(bars, [f"{value:.3g} s" for value in seconds.values()], padding=4)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlabel("seconds, summed over slices")
+        axes.grid(visible=False, axis="y")
+        return _svg(figure)
+
+
+def _axes(height: float) -> tuple[Figure, Axes]:
+    """Begin a figure of the width of the page's columns; sizes in inches."""
+    figure = Figure(figsize=(6.0, height), layout="constrained")
+    figure.patch.set_visible(False)
+    axes = figure.add_subplot()
+    axes.patch.set_visible(False)
+    return figure, axes
+
+
+def _histogram(values: NDArray[np.generic], edges: NDArray[np.float64], x_label: str, scale: str) -> str:
+    """Draw a histogram with given bins."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(height=2.3)
+        axes.hist(values, bins=edges.tolist(), color=_SERIES[0], rwidth=0.9)
+        if scale == "log":
+            axes.set_xscale("log")
+            steps = (1, 2, 5) if edges[-1] < edges[0] * _CROWDED_RATIO else (1,)
+            axes.xaxis.set_major_locator(LogLocator(subs=steps))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(xlabel=x_label, ylabel="number")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(visible=False, axis="x")
+        return _svg(figure)
+
+
+def _bin_count(values: NDArray[np.float64]) -> int:
+    """Return the square root of the number of values, within what a chart of this size can show."""
+    return int(np.clip(np.sqrt(len(values)), 8, _MOST_BINS))
+
+
+def _svg(figure: Figure) -> str:
+    """Return a figure as an SVG element that scales with the page and inherits its colours and font."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = buffer.getvalue().decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # the same in every figure, but ids have to be unique on a page
+    head, body = text.split(">", 1)
+    text = re.sub(r' (width|height)="[^"]*"', "", head) + ">" + body
+    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", text)
+    for stand_in, page_colour in _PAGE_COLOURS.items():
+        text = text.replace(stand_in, page_colour)
+    return text
