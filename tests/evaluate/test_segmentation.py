@@ -16,7 +16,7 @@ from dendsam_deploy.evaluate.segmentation import find_segmentation
 @pytest.fixture
 def truth(tmp_path):
     labels = np.random.default_rng(0).integers(0, 5, (10, 8, 9)).astype(np.uint16)
-    tifffile.imwrite(tmp_path / "truth.tif", labels)
+    tifffile.imwrite(tmp_path / "truth.tif", labels, photometric="minisblack")
     return labels
 
 
@@ -25,7 +25,7 @@ def run(tmp_path, truth):
     """The folder of a run over slices 4 to 6 that found the truth exactly."""
     folder = tmp_path / "run"
     folder.mkdir()
-    tifffile.imwrite(folder / "labels.tif", truth[4:7])
+    tifffile.imwrite(folder / "labels.tif", truth[4:7], photometric="minisblack")
     record = {"z_offset": 4, "outputs": {"labels.tif": 1, "detections.csv": 1}}
     (folder / "run.json").write_text(json.dumps(record))
     return folder
