@@ -224,7 +224,7 @@ def test_memory_does_not_grow_with_the_number_of_slices(tmp_path):
 
 
 @given(data=st.data(), kind=st.sampled_from(["zlib", "tiled", "imagej", "ome"]))
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 def test_damaged_bytes_never_escape_as_another_exception(tmp_path_factory, data, kind):
     """Flip, overwrite or cut bytes anywhere: the file is either read in its own shape or refused in one line."""
 
