@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -50,6 +50,8 @@ _MARKED_POINTS = 60
 """Curves of fewer points show each of them, so that a run of one slice shows something at all."""
 
 
+_Scale = Literal["log", "count", "fraction"]
+
 _MOST_BINS = 40
 
 _CROWDED_RATIO = 3000.0
@@ -89,8 +91,8 @@ def chart_along_z(z: NDArray[np.int64], series: Sequence[Series], y_label: str, 
             marker = "o" if len(z) <= _MARKED_POINTS else ""
             axes.plot(z, curve.values, color=colour, linewidth=1.5, marker=marker, markersize=3.5, label=curve.label)
         axes.set(xlabel="slice z", ylabel=y_label)
-        axes.margins(y=0.1)
-        axes.set_ylim(bottom=0, top=y_limit)
+        highest = max((float(np.nanmax(curve.values, initial=0.0)) for curve in series), default=0.0)
+        axes.set_ylim(0, y_limit or 1.1 * highest or 1.0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(series) > 1:
             axes.legend(ncols=len(series), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
@@ -134,7 +136,25 @@ def count_histogram(counts: NDArray[np.int64], x_label: str) -> str:
         An ``<svg>`` element.
     """
     width = -(-int(counts.max()) // _MOST_BINS)
-    return _histogram(counts, np.arange(0.5, counts.max() + width + 0.5, width), x_label, "linear")
+    return _histogram(counts, np.arange(0.5, counts.max() + width + 0.5, width), x_label, "count")
+
+
+def fraction_histogram(fractions: NDArray[np.float64], x_label: str) -> str:
+    """Draw how often numbers between 0 and 1 occur, in twenty equal bins.
+
+    Parameters
+    ----------
+    fractions : ndarray, shape (N,), float64
+        Numbers from 0 to 1.
+    x_label : str
+        What they are.
+
+    Returns
+    -------
+    str
+        An ``<svg>`` element.
+    """
+    return _histogram(fractions, np.linspace(0, 1, 21), x_label, "fraction")
 
 
 def stage_bars(seconds: Mapping[str, float], limiting: str) -> str:
@@ -173,7 +193,7 @@ def _axes(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _histogram(values: NDArray[np.generic], edges: NDArray[np.float64], x_label: str, scale: str) -> str:
+def _histogram(values: NDArray[np.generic], edges: NDArray[np.float64], x_label: str, scale: _Scale) -> str:
     """Draw a histogram with given bins."""
     with mpl.rc_context(_STYLE):
         figure, axes = _axes(height=2.3)
@@ -184,7 +204,7 @@ def _histogram(values: NDArray[np.generic], edges: NDArray[np.float64], x_label:
             axes.xaxis.set_major_locator(LogLocator(subs=steps))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_locator(NullLocator())
-        else:
+        elif scale == "count":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel=x_label, ylabel="number")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
