@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dendsam_deploy.errors import InvalidArgumentError
-from dendsam_deploy.training.boxes import boxes_from_labels, label_components, plan_zoom, split_blocks
+from dendsam_deploy.training.boxes import (
+    TYPICAL_OBJECT_PX,
+    boxes_from_labels,
+    label_components,
+    plan_zoom,
+    split_blocks,
+)
 
 
 def flood_components(labels: np.ndarray) -> list[tuple[int, frozenset[tuple[int, int]]]]:
@@ -92,11 +98,11 @@ def test_split_refuses_impossible_wishes(bad):
         split_blocks(*bad)
 
 
-@pytest.mark.parametrize(
-    ("side_px", "zoom"), [(48, 1.0), (24, 2.0), (34, 2**0.5), (96, 0.5), (50, 1.0), (41, 1.0), (40, 2**0.5), (12, 4.0)]
-)
-def test_zoom_brings_the_median_object_near_48_px(side_px, zoom):
-    assert plan_zoom(np.array([1, side_px**2, 10**6])) == pytest.approx(zoom)
+@pytest.mark.parametrize("zoom", [0.5, 2**-0.5, 1.0, 2**0.5, 2.0, 4.0])
+@pytest.mark.parametrize("error", [0.85, 1.0, 1.18])
+def test_zoom_brings_the_median_object_near_its_typical_size(zoom, error):
+    side_px = TYPICAL_OBJECT_PX / zoom * error
+    assert plan_zoom(np.array([1, round(side_px**2), 10**6])) == pytest.approx(zoom)
 
 
 def test_no_object_no_zoom():
