@@ -1,0 +1,58 @@
+"""``export``: weights become a bundle."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from dendsam_deploy.cli.options import PATH, Settings, command, extra, json_option, output_option
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dendsam_deploy.cli.console import Console
+
+SETTINGS = Settings("dendsam_deploy.export.bundle:ExportOptions")
+
+
+@command("export", "export --sam ca1-sam.pt --detector ca1-yolo.pt -o exports/ca1")
+@click.option("--sam", type=PATH, required=True, help="SAM checkpoint.")
+@SETTINGS.option("--detector", "detector", PATH, "YOLO checkpoint (.pt), description (.yaml), or a detector in ONNX.")
+@output_option("Folder of the bundle, such as exports/NAME.", required=True)
+@SETTINGS.option("--name", "name", str, "Name of the bundle.  [default: that of its folder]")
+@SETTINGS.option("--image-size", "image_size_px", int, "Side of the tiles, px.  [default: that of the weights]")
+@SETTINGS.option("--overlap", "overlap_px", int, "Least overlap of tiles, px.  [default: an eighth of the side]")
+@SETTINGS.option("--pixel-size", "model_pixel_size_nm", float, "Pixel size in training, nm, where SAM's file lacks it.")
+@SETTINGS.option("--zoom", "zoom", float, "Model px per slice px in training, where SAM's file lacks it.")
+@SETTINGS.option("--reference", "reference_volume", PATH, "Volume to compare graphs on.  [default: a phantom]")
+@SETTINGS.option("--licence", "licence", str, "Licence of the weights.")
+@SETTINGS.flag("--overwrite", "overwrite", "Replace a bundle of that name.")
+@click.option("--no-verify", is_flag=True, help="Publish the bundle without comparing it with the weights: unproven.")
+@json_option
+@click.pass_context
+def export(context: click.Context, sam: Path, out: Path, no_verify: bool, json_file: str | None) -> None:
+    """Turn weights into a bundle that runs without torch.
+
+    The graphs are compared with the weights before the bundle gets its name. Without --detector, boxes come from
+    elsewhere: segment --boxes.
+    """
+    with extra("train"):
+        from dendsam_deploy.export.bundle import ExportOptions, export_bundle
+
+    from dendsam_deploy.bundle.bundle import Bundle
+    from dendsam_deploy.evaluate.parity import verify_bundle
+
+    console: Console = context.obj
+    options = ExportOptions(sam=sam, out=out, **SETTINGS.given(context))
+    with console.progress() as progress:
+        bundle = Bundle.open(export_bundle(options, None if no_verify else verify_bundle, progress))
+    graphs = ", ".join(graph.role for graph in bundle.manifest.graphs)
+    proof = "unproven" if bundle.parity is None else f"{len(bundle.parity.rows)} comparisons with the weights passed"
+    document = {
+        "bundle": str(bundle.path),
+        "name": bundle.manifest.name,
+        "graphs": [graph.files[0].file for graph in bundle.manifest.graphs],
+        "proven": bundle.parity is not None,
+    }
+    console.result(f"{bundle.path}: {graphs}; {proof}", document, json_file)

@@ -1,0 +1,82 @@
+"""``segment``: a volume becomes 3-D instance labels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from dendsam_deploy.cli.options import (
+    PATH,
+    RUNTIME,
+    SLICES,
+    VOXEL_SIZE,
+    Settings,
+    bundle_option,
+    command,
+    json_option,
+    runtime_options,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dendsam_deploy.cli.console import Console
+    from dendsam_deploy.pipeline.run import SegmentResult
+
+SETTINGS = Settings("dendsam_deploy.pipeline.run:SegmentOptions")
+
+LINKERS = click.Choice(["overlap-graph", "iou-greedy"])
+FORMATS = click.Choice(["tif", "ome-zarr"])
+
+
+@command("segment", "segment ca1.tif -b exports/ca1")
+@click.argument("volume", type=PATH)
+@bundle_option
+@SETTINGS.option("-o, --out", "out", PATH, "Folder of the result.  [default: VOLUME.dendsam]")
+@SETTINGS.option("--slices", "slices", SLICES, "Segment only these slices.")
+@click.option("--boxes", type=PATH, help="Boxes in place of the detector's: YOLO txt files of a folder, or a CSV.")
+@SETTINGS.option("--score", "detection_score", float, "Least detection score.  [default: the bundle's]")
+@SETTINGS.option("--nms", "nms_iou", float, "Largest IoU of two boxes of a slice.  [default: the bundle's]")
+@SETTINGS.option("--min-area", "min_area_px", float, "Least area in a slice, px.  [default: the bundle's]")
+@SETTINGS.option("--linker", "linker", LINKERS, "How slices are linked.")
+@SETTINGS.option("--format", "format", FORMATS, "Format of the labels.  [default: that of the volume]")
+@SETTINGS.option("--voxel-size", "voxel_size_nm", VOXEL_SIZE, "nm, in place of what the file records.")
+@SETTINGS.option("--zoom", "zoom", float, "Model px per slice px.  [default: from the pixel sizes]")
+@SETTINGS.flag("--restart", "restart", "Discard an earlier run in that folder instead of resuming it.")
+@runtime_options
+@json_option
+@click.pass_context
+def segment(
+    context: click.Context, volume: Path, bundle: Path | None, boxes: Path | None, json_file: str | None
+) -> None:
+    """Segment VOLUME into 3-D instances.
+
+    The result is a folder with labels, tables and report.html. Run again after an interruption, the same command goes
+    on where it stopped.
+    """
+    from dendsam_deploy.bundle.bundle import Bundle, find_bundle
+    from dendsam_deploy.pipeline.run import SegmentOptions, segment_volume
+    from dendsam_deploy.report.run_folder import report_from_run
+    from dendsam_deploy.runtimes.session import SessionOptions, open_session
+    from dendsam_deploy.volume.open import open_volume
+
+    console: Console = context.obj
+    opened = Bundle.open(bundle or find_bundle())
+    options = SegmentOptions(**SETTINGS.given(context))
+    with open_session(opened, SessionOptions(**RUNTIME.given(context))) as session, console.progress() as progress:
+        console.note(session.description)
+        result = segment_volume(volume, session, options, progress)
+    with open_volume(volume, options.voxel_size_nm) as raw:
+        report_from_run(result.out, raw)
+    for notice in result.notices:
+        console.note(notice)
+    console.result(summary(result), result.to_document(), json_file)
+
+
+def summary(result: SegmentResult) -> str:
+    """Say in one line what came out."""
+    return (
+        f"{result.out}: {result.objects_3d} objects in {result.slices} slices ({result.objects_2d} profiles), "
+        f"{result.seconds:.1f} s, mostly {result.limiting_stage}"
+    )

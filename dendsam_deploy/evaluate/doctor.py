@@ -1,0 +1,184 @@
+"""What this machine can run, and why not. Engines are not asked whether they are installed but made to run a graph."""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import dataclasses
+import os
+import platform
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from dendsam_deploy.bundle.manifest import GraphSpec, TensorSpec
+from dendsam_deploy.errors import DendsamError
+from dendsam_deploy.runtimes.session import ENGINES, SessionOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_PACKAGE = "dendsam-deploy"
+
+_EXTRAS: Mapping[str, str] = MappingProxyType({"train": "finetune, export, demo, and verify against the weights"})
+"""The extras that commands of this version use, and for what."""
+
+_DEVICES = ("cpu", "cuda")
+
+# One Identity node from x to y, float32 of shape (1,), opset 17; made with onnx.helper.make_model.
+_PROBE_GRAPH = base64.b64decode(
+    "CAgSADo7ChAKAXgSAXkiCElkZW50aXR5EgVwcm9iZVoPCgF4EgoKCAgBEgQKAggBYg8KAXkSCgoICAESBAoCCAFCBAoAEBE="
+)
+_PROBE = GraphSpec(
+    role="encoder",
+    precision="fp32",
+    opset=17,
+    files=(),
+    inputs=(TensorSpec("x", "float32", (1,)),),
+    outputs=(TensorSpec("y", "float32", (1,)),),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that commands can ask for.
+
+    Parameters
+    ----------
+    kind : str
+        ``engine`` or ``extra``.
+    name : str
+        As on the command line; an engine with its device.
+    available : bool
+        Whether it works here.
+    detail : str
+        What it is good for, or why it does not work.
+    remedy : str
+        What to do about that, such as a line for pip; empty where there is nothing to do.
+    """
+
+    kind: Literal["engine", "extra"]
+    name: str
+    available: bool
+    detail: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineReport:
+    """What was found on a machine.
+
+    Parameters
+    ----------
+    python, platform : str
+        Version and name.
+    cpu_cores : int
+        Cores that this process may use.
+    memory_gib : float or None
+        Main memory, where the system tells.
+    packages : dict
+        Installed versions of the packages that this program needs for deploying.
+    findings : tuple of Finding
+        Engines and extras.
+    """
+
+    python: str
+    platform: str
+    cpu_cores: int
+    memory_gib: float | None
+    packages: dict[str, str]
+    findings: tuple[Finding, ...]
+
+    def to_document(self) -> dict[str, object]:
+        """Return the report as plain values: the content of ``doctor --json``."""
+        return dataclasses.asdict(self)
+
+
+def examine_machine() -> MachineReport:
+    """Try every engine on every kind of device, and see which extras are complete."""
+    engines = [_try_engine(engine, device) for engine in ENGINES for device in _DEVICES]
+    extras = [_look_for_extra(name, use) for name, use in _EXTRAS.items()]
+    return MachineReport(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_gib=_memory_gib(),
+        packages={name: version for name in _required_packages("") if (version := _version(name)) is not None},
+        findings=(*engines, *extras),
+    )
+
+
+def _try_engine(engine: str, device: str) -> Finding:
+    """Run a graph of one node on an engine and device."""
+    name = f"{engine} on {device}"
+    if device == "cuda" and not _has_nvidia_driver():
+        return Finding("engine", name, False, "no NVIDIA driver found", "needs an NVIDIA GPU and its driver")
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder, "probe.onnx")
+        graph.write_bytes(_PROBE_GRAPH)
+        try:
+            with ENGINES[engine](graph, _PROBE, SessionOptions(engine, device)) as runner:
+                runner.run({"x": np.ones(1, np.float32)})
+        except DendsamError as error:
+            remedy = "pip install 'onnxruntime-gpu[cuda,cudnn]'" if device == "cuda" else f"pip install -U {_PACKAGE}"
+            return Finding("engine", name, False, str(error), remedy)
+    return Finding("engine", name, True, "runs a graph")
+
+
+def _look_for_extra(extra: str, use: str) -> Finding:
+    """Tell whether all packages of an extra are installed."""
+    versions = {name: _version(name) for name in _required_packages(extra)}
+    missing = [name for name, version in versions.items() if version is None]
+    if missing:
+        return Finding(
+            "extra", extra, False, f"{use}: lacks {', '.join(missing)}", f"pip install '{_PACKAGE}[{extra}]'"
+        )
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return Finding("extra", extra, True, f"{use}: {listed}")
+
+
+def _required_packages(extra: str) -> list[str]:
+    """Return the names of the packages that this program, or an extra of it, needs on this system.
+
+    Of requirements with a condition about the system, those that are installed are taken to be meant.
+    """
+    names = []
+    for requirement in metadata.requires(_PACKAGE) or []:
+        name, _, condition = requirement.partition(";")
+        wanted = re.search(r"""extra\s*==\s*["'](\w+)["']""", condition)
+        bare = re.split(r"[\s<>=!~\[(]", name.strip(), maxsplit=1)[0]
+        other_system = "sys_platform" in condition and _version(bare) is None
+        if (wanted[1] if wanted else "") == extra and not other_system:
+            names.append(bare)
+    return names
+
+
+def _version(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _has_nvidia_driver() -> bool:
+    """Tell whether the library of the NVIDIA driver can be loaded."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _memory_gib() -> float | None:
+    """Return the size of the main memory where the system tells it."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
