@@ -91,10 +91,11 @@ class _LabelBoxes:
 
     def __init__(self, labels: VolumeReader, shape_zyx: tuple[int, int, int]) -> None:
         if labels.info.shape_zyx != shape_zyx:
-            raise InputFileError(
-                f"{labels.info.source}: its shape {labels.info.shape_zyx} (z, y, x) differs from {shape_zyx} of the "
-                "volume; give labels of the same volume"
-            )
+            with labels:  # nobody else will close it
+                raise InputFileError(
+                    f"{labels.info.source}: its shape {labels.info.shape_zyx} (z, y, x) differs from {shape_zyx} of the "
+                    "volume; give labels of the same volume"
+                )
         self._labels = labels
 
     def for_slice(self, z: int) -> Detections:
