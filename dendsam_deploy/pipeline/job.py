@@ -149,7 +149,7 @@ def plan_job(volume_path: Path, volume: VolumeReader, session: Session, options:
         format=options.format or ("ome-zarr" if info.format in ("zarr", "ome-zarr") else "tif"),
         link=LinkOptions(method=options.linker),
     )
-    boxes = GivenBoxes(options.boxes, options.detection_score, options.nms_iou) if options.boxes else None
+    boxes = GivenBoxes(options.boxes, options.detection_score, options.nms_iou) if options.boxes is not None else None
     folder = options.out or volume_path.with_name(f"{volume_path.name}.dendsam")
     if options.restart:
         discard_run(folder)

@@ -122,6 +122,7 @@ def segment_volume(
 def _segment_slices(job: Job, todo: list[int], progress: ProgressCallback) -> None:
     """Segment the slices that are still to be done; reading and writing run beside the compute."""
     total = len(job.output.slices)
+    found = sum(entry.objects for entry in job.journal.entries.values())
     unwritten: deque[Future[None]] = deque()
     with (
         ThreadPoolExecutor(1, "slice-writer") as writer,
@@ -129,14 +130,15 @@ def _segment_slices(job: Job, todo: list[int], progress: ProgressCallback) -> No
         closing(_read_ahead(reader, partial(_load, job), todo)) as slices,
     ):
         for count, loaded in enumerate(slices):
-            progress(Progress("segment", total - len(todo) + count, total))
+            progress(Progress("segment", total - len(todo) + count, total, f"{found} objects"))
             _, instances = segment_prepared(loaded.prepared, job.session, loaded.boxes, job.recipe, loaded.clock)
+            found += len(instances)
             unwritten.append(writer.submit(job.journal.record, loaded.z, instances, loaded.input_sha256, loaded.clock))
             while len(unwritten) > _QUEUED_SLICES:
                 unwritten.popleft().result()
         for recorded in unwritten:
             recorded.result()
-    progress(Progress("segment", total, total))
+    progress(Progress("segment", total, total, f"{found} objects"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Runner(Protocol):
     """One graph, loaded on one engine and device.
 
-    Engines acquire their resources in ``__enter__`` and release them in ``__exit__``. Where `borrows_outputs` is true, the arrays that ``run``
-    returned are overwritten by the next call: copy what must live longer.
+    Engines acquire their resources in ``__enter__`` and release them in ``__exit__``. Where `borrows_outputs` is true,
+    the arrays that ``run`` returned are overwritten by the next call: copy what must live longer.
     """
 
     @property

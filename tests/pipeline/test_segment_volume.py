@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -458,3 +459,17 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(volume: Pa
     assert process.returncode == 0
     assert kills >= 2
     assert content_of(out) == content_of(whole.out)
+
+
+def test_memory_does_not_grow_with_the_number_of_slices(tmp_path: Path):
+    """Keeping one array of each slice would double the peak of the deeper volume."""
+    session = make_session(make_manifest(tile_size=512, overlap=64))
+    image = draw_discs((512, 512), [(100, 90, 30), (300, 350, 60)])
+    peaks = []
+    for depth in (4, 4, 16):  # the first run pays for imports
+        tifffile.imwrite(tmp_path / f"{depth}.tif", np.stack([image] * depth), photometric="minisblack")
+        tracemalloc.start()
+        segment_volume(tmp_path / f"{depth}.tif", session, SegmentOptions(restart=True))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.1 * peaks[1]
