@@ -14,12 +14,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dendsam_deploy.errors import InvalidArgumentError, VolumeError
-from dendsam_deploy.models.detector import DetectorRecord, YoloDetector, load_detector, save_detector
+from dendsam_deploy.errors import DendsamError, InvalidArgumentError, VolumeError
+from dendsam_deploy.models.detector import (
+    DetectorRecord,
+    YoloDetector,
+    check_description,
+    load_detector,
+    save_detector,
+)
 from dendsam_deploy.models.detector_graph import candidate_count
 from dendsam_deploy.progress import ProgressCallback, no_progress
 from dendsam_deploy.training.boxes import plan_zoom, split_blocks
-from dendsam_deploy.training.detector_loop import DetectorSchedule, HeldOutScores, LoopPlan, train_detector
+from dendsam_deploy.training.detector_loop import (
+    DetectorSchedule,
+    HeldOutScores,
+    LoopPlan,
+    check_device,
+    train_detector,
+)
 from dendsam_deploy.training.detector_tiles import (
     BoxStatistics,
     held_out_tiles,
@@ -168,11 +180,18 @@ def finetune_detector(
         As the classes say; nothing is written then but the folder to resume from.
     """
     started = time.monotonic()
+    check_device(options.schedule.device)
     start = _starting_detector(options)
     settings = dataclasses.asdict(options) | {"out": "", "resume": "", "start": start.sha256 or start.architecture}
     folder = ResumeFolder(options.out, settings | {"volume": volume_path, "labels": labels_path})
-    started -= folder.open(resume=options.resume)
-    tiles = _write_training_set(volume_path, labels_path, options, folder.path)
+    earlier_s = folder.open(resume=options.resume)
+    started -= earlier_s
+    try:
+        tiles = _write_training_set(volume_path, labels_path, options, folder.path)
+    except DendsamError:
+        if not earlier_s:
+            folder.remove()
+        raise
     spent_s = time.monotonic() - started
     plan = LoopPlan(folder.path, options.tile_size_px, tiles.boxes.most_per_tile, options.schedule, spent_s)
     trained = train_detector(start, plan, progress, folder.note)
@@ -188,7 +207,7 @@ def finetune_detector(
         epochs=trained.epochs,
         seconds=time.monotonic() - started,
         resumed=trained.resumed,
-        warnings=_warnings(tiles.boxes, options.tile_size_px),
+        warnings=box_warnings(tiles.boxes, options.tile_size_px),
     )
     best = load_detector(plan.best)
     origin = {"volume": Path(volume_path).name, "labels": Path(labels_path).name, "seed": options.schedule.seed}
@@ -199,10 +218,41 @@ def finetune_detector(
     return result
 
 
+def box_warnings(boxes: BoxStatistics, tile_size_px: int) -> tuple[str, ...]:
+    """Say where the objects go beyond what a detector can return or see.
+
+    Parameters
+    ----------
+    boxes : BoxStatistics
+        What the training tiles hold.
+    tile_size_px : int
+        Side of the tiles.
+    """
+    found = []
+    grids = sum((tile_size_px // (FINEST_STRIDE_PX * step)) ** 2 for step in (1, 2, 4))
+    candidates = candidate_count(tile_size_px, grids)
+    if 4 * boxes.most_per_tile > candidates:
+        found.append(
+            f"up to {boxes.most_per_tile} objects on a tile, and the deployed graph returns {candidates} overlapping "
+            "candidates: choose a larger zoom, which puts fewer objects on a tile"
+        )
+    if boxes.short_side_px[0] < FINEST_STRIDE_PX:
+        found.append(
+            f"1 box in 20 is narrower than {boxes.short_side_px[0]:.0f} px, and the detector's finest cells are "
+            f"{FINEST_STRIDE_PX} px: such objects are found less surely; a larger zoom helps"
+        )
+    return tuple(found)
+
+
 def _starting_detector(options: DetectorTrainingOptions) -> YoloDetector:
     """Return what training starts from."""
     packaged = PACKAGED_DETECTOR if PACKAGED_DETECTOR.is_file() else DEFAULT_ARCHITECTURE
-    return load_detector(options.start or packaged, options.schedule.seed)
+    path = options.start or packaged
+    detector = load_detector(path, options.schedule.seed)
+    # Training builds the network anew from the description that its checkpoint brings along.
+    description: Any = detector.network.yaml
+    check_description(description, path)
+    return detector
 
 
 def _write_training_set(
@@ -228,21 +278,3 @@ def _write_training_set(
         write_tiles(folder, "val", held_out_tiles(judge, recipe, schedule.judge_tiles), least)
         voxel_size = image.info.voxel_size_nm
     return _TrainingSet(train, held_out, zoom, None if voxel_size is None else voxel_size[1] / zoom, boxes)
-
-
-def _warnings(boxes: BoxStatistics, tile_size_px: int) -> tuple[str, ...]:
-    """Say where the objects go beyond what the detector can return or see."""
-    found = []
-    grids = sum((tile_size_px // (FINEST_STRIDE_PX * step)) ** 2 for step in (1, 2, 4))
-    candidates = candidate_count(tile_size_px, grids)
-    if 4 * boxes.most_per_tile > candidates:
-        found.append(
-            f"up to {boxes.most_per_tile} objects on a tile, and the deployed graph returns {candidates} overlapping "
-            "candidates: choose a larger zoom, which puts fewer objects on a tile"
-        )
-    if boxes.short_side_px[0] < FINEST_STRIDE_PX:
-        found.append(
-            f"1 box in 20 is narrower than {boxes.short_side_px[0]:.0f} px, and the detector's finest cells are "
-            f"{FINEST_STRIDE_PX} px: such objects are found less surely; a larger zoom helps"
-        )
-    return tuple(found)

@@ -19,7 +19,7 @@ from dendsam_deploy.errors import (
     MissingCapabilityError,
     StorageError,
 )
-from dendsam_deploy.models.detector import check_description, new_trainer, read_checkpoint
+from dendsam_deploy.models.detector import new_trainer, read_checkpoint
 from dendsam_deploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def train_detector(
     Parameters
     ----------
     detector : YoloDetector
-        Where to start; its class scores are kept only if it knows the same single class.
+        Where to start, with a checked description; its class scores are kept only if it knows the same single class.
     plan : LoopPlan
         Tiles and schedule.
     progress : callable
@@ -197,9 +197,7 @@ def train_detector(
     with _translated(plan), _all_threads():
         trainer = new_trainer(_settings(plan) | ({"resume": str(plan.last)} if resumes else {}))
         if not resumes:
-            description = detector.network.yaml
-            check_description(description, plan.folder)  # type: ignore[arg-type]  # a dict in every YOLO network
-            trainer.model = trainer.get_model(cfg=description, weights=detector.network, verbose=False)
+            trainer.model = trainer.get_model(cfg=detector.network.yaml, weights=detector.network, verbose=False)
         measure_batch = trainer.auto_batch
         trainer.auto_batch = lambda: min(measure_batch(), _LARGEST_BATCH)
         trainer.add_callback("on_pretrain_routine_end", watch.before_training)
@@ -207,6 +205,23 @@ def train_detector(
         trainer.add_callback("on_fit_epoch_end", watch.after_epoch)
         trainer.train()
     return TrainedDetector(_scores(trainer), int(trainer.epoch) + 1, resumes)
+
+
+def check_device(device: str) -> None:
+    """Raise unless torch can train on a device.
+
+    Raises
+    ------
+    InvalidArgumentError, MissingCapabilityError
+        If it is no device, or not on this machine.
+    """
+    if device == "cpu":
+        return
+    name, _, number = device.partition(":")
+    if name != "cuda" or not (number or "0").isdecimal():
+        raise InvalidArgumentError(f"{device!r} is no device to train on; choose cpu, cuda or cuda:N")
+    if int(number or 0) >= torch.cuda.device_count():
+        raise MissingCapabilityError(f"{device} is not available to torch on this machine; train on the cpu")
 
 
 class _Watch:
@@ -315,10 +330,6 @@ def _scores(trainer: Any) -> HeldOutScores:  # noqa: ANN401
 @contextlib.contextmanager
 def _translated(plan: LoopPlan) -> Iterator[None]:
     """Turn ultralytics' exceptions into ours, and keep its prints away from stdout, which belongs to results."""
-    if plan.schedule.device != "cpu" and not torch.cuda.is_available():
-        raise MissingCapabilityError(
-            f"{plan.schedule.device} is not available to torch on this machine; train on the cpu"
-        )
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield

@@ -57,7 +57,6 @@ class ResumeFolder:
                 return float(state["elapsed_s"])
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
-            self.note(0.0)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written ({error.strerror or error}); free space") from error
         except (ValueError, KeyError) as error:
@@ -65,7 +64,7 @@ class ResumeFolder:
         return 0.0
 
     def note(self, elapsed_s: float) -> None:
-        """Record the time that the training has taken so far."""
+        """Record that there is something to go on from, and the time that it has taken."""
         partial = self._note.with_suffix(".partial")
         partial.write_text(json.dumps({"settings": self._settings, "elapsed_s": elapsed_s}), encoding="utf-8")
         partial.replace(self._note)

@@ -93,8 +93,8 @@ class _LabelBoxes:
         if labels.info.shape_zyx != shape_zyx:
             with labels:  # nobody else will close it
                 raise InputFileError(
-                    f"{labels.info.source}: its shape {labels.info.shape_zyx} (z, y, x) differs from {shape_zyx} of the "
-                    "volume; give labels of the same volume"
+                    f"{labels.info.source}: its shape {labels.info.shape_zyx} (z, y, x) differs from {shape_zyx} of "
+                    "the volume; give labels of the same volume"
                 )
         self._labels = labels
 

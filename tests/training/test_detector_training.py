@@ -1,0 +1,238 @@
+"""Training the detector: its tiles, its schedule, what survives an interruption, what is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from dendsam_deploy.errors import (
+    CheckpointError,
+    InvalidArgumentError,
+    MissingCapabilityError,
+    UnsafeFileError,
+    VolumeError,
+)
+from dendsam_deploy.models.detector import load_detector
+from dendsam_deploy.training.detector import (
+    DEFAULT_ARCHITECTURE,
+    DetectorTrainingOptions,
+    box_warnings,
+    finetune_detector,
+)
+from dendsam_deploy.training.detector_loop import DetectorSchedule
+from dendsam_deploy.training.detector_tiles import BoxStatistics, held_out_tiles, training_tiles, write_tiles
+from dendsam_deploy.training.resume_folder import ResumeFolder
+from dendsam_deploy.training.samples import LabelledVolume, Tile, TileRecipe
+from dendsam_deploy.volume.open import open_labels, open_volume
+from dendsam_deploy.volume.raster import decode_png
+
+# Raised inside ultralytics and torch: deterministic variants of some operators, and the order of the first two steps.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+SHORT = DetectorSchedule(minutes=None, epochs=1, tiles=6, tiles_per_epoch=4, judge_tiles=2, batch=2)
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory):
+    """Eight slices of 90 x 120 px with bright discs, a membrane label 9, and one object in two pieces."""
+    folder = tmp_path_factory.mktemp("volume")
+    rows, columns = np.mgrid[0:90, 0:120]
+    labels = np.zeros((8, 90, 120), np.uint16)
+    for number, (y, x, radius) in enumerate([(20, 25, 12), (60, 30, 15), (30, 80, 18), (70, 90, 10)], start=1):
+        labels[:, (rows - y) ** 2 + (columns - x) ** 2 < radius**2] = number
+    labels[:, 5:15, 100:112] = 4
+    labels[:, 85:90] = 9
+    noise = np.random.default_rng(0).normal(0, 8, labels.shape)
+    raw = np.clip(np.where((labels > 0) & (labels < 9), 190, 70) + noise, 0, 255).astype(np.uint8)
+    for name, stack in (("raw.tif", raw), ("labels.tif", labels)):
+        # 100 px per micrometre = 10 nm
+        metadata = {"unit": "um", "spacing": 0.04, "axes": "ZYX"}
+        tifffile.imwrite(folder / name, stack, imagej=True, resolution=(100, 100), metadata=metadata)
+    return folder / "raw.tif", folder / "labels.tif"
+
+
+def options_for(folder):
+    return DetectorTrainingOptions(
+        folder / "detector.pt",
+        start=DEFAULT_ARCHITECTURE,
+        tile_size_px=64,
+        zoom=1.0,
+        background_labels=(9,),
+        gap=1,
+        schedule=SHORT,
+    )
+
+
+@pytest.fixture
+def options(tmp_path):
+    return options_for(tmp_path)
+
+
+def read_yolo(file, side):
+    rows = np.array([line.split() for line in file.read_text().splitlines()], float).reshape(-1, 5)
+    centre, size = rows[:, 1:3] * side, rows[:, 3:] * side
+    return np.concatenate([centre - size / 2, centre + size / 2], axis=1)
+
+
+def test_written_tiles_hold_the_image_and_tight_boxes(tmp_path):
+    image = np.arange(64 * 64, dtype=np.uint32).reshape(64, 64).astype(np.uint8)
+    objects = np.zeros((64, 64), np.int32)
+    objects[10:20, 30:64] = 1
+    objects[40:43, 0:3] = 2
+    statistics = write_tiles(tmp_path, "train", [Tile(image, objects, (64, 64))] * 2, min_area_px=10)
+    np.testing.assert_array_equal(decode_png(tmp_path / "images" / "train" / "000001.png"), image)
+    boxes = read_yolo(tmp_path / "labels" / "train" / "000001.txt", 64)
+    np.testing.assert_allclose(boxes, [[30, 10, 64, 20]], atol=1e-3)  # the other one is too small
+    assert (statistics.tiles, statistics.objects, statistics.most_per_tile) == (2, 2, 1)
+    assert statistics.short_side_px == (10, 10, 10)
+
+
+def test_tiles_without_objects_are_kept_as_background(tmp_path):
+    empty = Tile(np.zeros((64, 64), np.uint8), np.zeros((64, 64), np.int32), (64, 64))
+    statistics = write_tiles(tmp_path, "val", [empty], min_area_px=1)
+    assert (tmp_path / "labels" / "val" / "000000.txt").read_text() == ""
+    assert statistics.short_side_px == (0, 0, 0)
+
+
+def test_held_out_tiles_are_those_of_deployment(volume):
+    with open_volume(volume[0]) as image, open_labels(volume[1]) as labels:
+        source = LabelledVolume(image, labels, range(5, 8), (9,))
+        tiles = list(held_out_tiles(source, TileRecipe(64, 1.0), most=100))
+        whole = image.read(5)
+        assert len(tiles) == 3 * 2 * 2  # slices x rows x columns of tiles that overlap by 8 px or more
+        np.testing.assert_array_equal(tiles[0].image, whole[:64, :64])
+        np.testing.assert_array_equal(tiles[3].image, whole[-64:, -64:])
+        assert len(list(held_out_tiles(source, TileRecipe(64, 1.0), most=5))) == 4
+        small = next(held_out_tiles(source, TileRecipe(64, 0.5), most=1))
+        assert small.size_hw == (45, 60)
+        assert not small.image[45:].any()
+        assert not small.objects[:, 60:].any()
+
+
+def test_training_tiles_follow_the_seed(volume):
+    with open_volume(volume[0]) as image, open_labels(volume[1]) as labels:
+        source = LabelledVolume(image, labels, range(5))
+        first, again, other = (
+            np.stack([tile.image for tile in training_tiles(source, TileRecipe(64, 1.0), 3, seed)])
+            for seed in (1, 1, 2)
+        )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+@pytest.fixture(scope="module")
+def trained(volume, tmp_path_factory):
+    """One training of one epoch: its folder, its result and what it reported."""
+    folder, seen = tmp_path_factory.mktemp("trained"), []
+    result = finetune_detector(*volume, options_for(folder), seen.append)
+    return folder, result, seen
+
+
+@pytest.mark.slow
+def test_a_training_writes_a_detector_that_knows_how_it_was_made(trained):
+    folder, result, seen = trained
+    assert [path.name for path in folder.iterdir()] == ["detector.pt"]
+    assert (result.train_slices, result.held_out_slices) == ((0, 6), (7, 8))
+    assert result.model_pixel_size_nm == pytest.approx(10)
+    assert (result.epochs, result.resumed, result.architecture) == (1, False, "yolo11n")
+    assert [round(entry.done, 2) for entry in seen] == [0.5, 1.0]
+    assert "loss" in seen[-1].note
+    json.dumps(result.to_document())
+    detector = load_detector(folder / "detector.pt")
+    assert (detector.class_names, detector.image_size_px) == (("object",), 64)
+    assert detector.record is not None
+    assert (detector.record.zoom, detector.record.summary["volume"]) == (1.0, "raw.tif")
+    assert str(folder).encode() not in (folder / "detector.pt").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_weights(volume, trained, tmp_path):
+    finetune_detector(*volume, options_for(tmp_path))
+    first, second = (load_detector(folder / "detector.pt").network.state_dict() for folder in (trained[0], tmp_path))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_goes_on(volume, options):
+    longer = dataclasses.replace(options, schedule=dataclasses.replace(SHORT, epochs=3))
+
+    def interrupt(entry):
+        if entry.note.startswith("epoch 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune_detector(*volume, longer, interrupt)
+    assert not options.out.exists()
+    other = dataclasses.replace(longer, zoom=2.0)
+    with pytest.raises(CheckpointError, match="other settings"):
+        finetune_detector(*volume, other)
+    seen = []
+    result = finetune_detector(*volume, longer, seen.append)
+    assert (result.resumed, result.epochs) == (True, 3)
+    assert seen[0].note.startswith("epoch 2")
+    assert [path.name for path in options.out.parent.iterdir()] == ["detector.pt"]
+
+
+def test_a_hostile_architecture_inside_a_checkpoint_is_refused(volume, options, tmp_path):
+    detector = load_detector(DEFAULT_ARCHITECTURE)
+    canary = tmp_path / "canary"
+    detector.network.yaml["activation"] = f"__import__('pathlib').Path({str(canary)!r}).touch() or nn.SiLU()"
+    torch.save({"model": detector.network, "train_args": {"imgsz": 64}}, tmp_path / "hostile.pt")
+    with pytest.raises(UnsafeFileError, match="activation"):
+        finetune_detector(*volume, dataclasses.replace(options, start=tmp_path / "hostile.pt"))
+    assert not canary.exists()
+
+
+def test_wishes_that_cannot_be_met_are_refused(volume, options):
+    cases = [
+        (dataclasses.replace(options, slices=(3, 4)), InvalidArgumentError, "at least two slices"),
+        (dataclasses.replace(options, background_labels=(1, 2, 3, 4, 9)), VolumeError, "no object of 25 px or more"),
+        (dataclasses.replace(options, start=volume[0]), CheckpointError, "not a"),
+    ]
+    for wish, error, message in cases:
+        with pytest.raises(error, match=message):
+            finetune_detector(*volume, wish)
+        assert not list(options.out.parent.iterdir())
+    with pytest.raises(InvalidArgumentError, match="multiple of 32"):
+        dataclasses.replace(options, tile_size_px=100)
+    with pytest.raises(InvalidArgumentError, match="needs an end"):
+        DetectorSchedule(minutes=None)
+    with pytest.raises(InvalidArgumentError, match="positive"):
+        DetectorSchedule(batch=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test asks for in vain")
+def test_an_absent_gpu_is_not_replaced(volume, options):
+    schedule = dataclasses.replace(SHORT, device="cuda:0")
+    with pytest.raises(MissingCapabilityError, match="cuda:0 is not available"):
+        finetune_detector(*volume, dataclasses.replace(options, schedule=schedule))
+
+
+def test_objects_beyond_the_detector_are_pointed_out():
+    fine = BoxStatistics(tiles=9, objects=90, most_per_tile=20, short_side_px=(9.0, 30.0, 80.0))
+    assert box_warnings(fine, 512) == ()
+    crowded, narrow = (
+        dataclasses.replace(fine, most_per_tile=300),
+        dataclasses.replace(fine, short_side_px=(5.0, 9.0, 20.0)),
+    )
+    assert "larger zoom" in box_warnings(crowded, 512)[0]
+    assert "narrower than 5 px" in box_warnings(narrow, 512)[0]
+
+
+def test_a_resume_folder_belongs_to_its_settings(tmp_path):
+    out = tmp_path / "x.pt"
+    first = ResumeFolder(out, {"a": 1})
+    assert first.open(resume=True) == 0
+    (first.path / "kept").touch()
+    first.note(12.5)
+    assert ResumeFolder(out, {"a": 1}).open(resume=True) == 12.5
+    with pytest.raises(CheckpointError, match="other settings"):
+        ResumeFolder(out, {"a": 2}).open(resume=True)
+    (first.path / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        ResumeFolder(out, {"a": 1}).open(resume=True)
+    assert ResumeFolder(out, {"a": 2}).open(resume=False) == 0
+    assert not (first.path / "kept").exists()
