@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _SAME_BOX_IOU = 0.5
 _FEWEST_BOXES = 20  # compared in each tile, even if none of them is confident
+_SURE_SHARE = 0.8  # a candidate of such a rank on one side is among those of the other side as well
 _DEEP_PX = 2.0
 _NEAR_PX = 1.0
 _TINY = float(np.finfo(np.float32).tiny)
@@ -269,10 +271,11 @@ def _match(
     """Return IoU and score difference of each confident candidate of one side with the best one of the other.
 
     The other side's candidates need not be confident themselves, so that a score on the threshold does not count as a
-    missing box.
+    missing box; nor does one that the other side may have cut off, because it stops at so many candidates.
     """
     scores = one.scores[tile]
-    count = max(_count(scores >= confident), min(_FEWEST_BOXES, len(scores)))
+    count = max(_count(scores >= confident), _FEWEST_BOXES)
+    count = min(count, len(scores), math.ceil(_SURE_SHARE * other.scores.shape[1]))
     chosen = np.argsort(-scores, kind="stable")[:count]
     overlap = box_iou(one.boxes[tile][chosen], other.boxes[tile]).astype(np.float64)
     difference = np.abs(scores[chosen][:, None].astype(np.float64) - other.scores[tile][None])
