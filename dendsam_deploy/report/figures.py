@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from dataclasses import dataclass
@@ -224,11 +225,13 @@ def _svg(figure: Figure) -> str:
     text = buffer.getvalue().decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # the same in every figure, but ids have to be unique on a page
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # ids are alike in all figures, but have to be unique on a page
     head, body = text.split(">", 1)
     text = re.sub(r' (width|height)="[^"]*"', "", head) + ">" + body
     text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", text)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    text = re.sub(r'(id="|#)([mp][0-9a-f]{10})\b', rf"\g<1>{digest}-\g<2>", text)
     for stand_in, page_colour in _PAGE_COLOURS.items():
         text = text.replace(stand_in, page_colour)
     return text
