@@ -7,6 +7,7 @@ which also knows how it was trained.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -184,10 +185,10 @@ def write_tensors(path: Path, content: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports some failed writes as RuntimeError
-        partial.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or _one_line(error)
-        raise StorageError(f"{path}: cannot write ({reason}); free space or choose another place") from error
+    except (OSError, RuntimeError) as error:  # torch covers a failed write by a RuntimeError of its own
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise StorageError(f"{path}: cannot write ({_refusal(error)}); free space or choose another place") from error
 
 
 def sha256_of(path: Path) -> str:
@@ -295,7 +296,17 @@ def _check_finite(sam: Sam, path: Path) -> None:
             raise CheckpointError(f"{path}: {name} holds NaN or infinite values; use a checkpoint from before that")
 
 
-def _one_line(error: Exception) -> str:
+def _refusal(error: BaseException) -> str:
+    """Return what the file system said, if it is at the bottom of an error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
     """Return the most telling line of a multi-line message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[1] if len(lines) > 1 else lines[0]
