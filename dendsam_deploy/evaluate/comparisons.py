@@ -42,6 +42,9 @@ _FEWEST_BOXES = 20  # compared in each tile, even if none of them is confident
 _SURE_SHARE = 0.8  # a candidate of such a rank on one side is among those of the other side as well
 _DEEP_PX = 2.0
 _NEAR_PX = 1.0
+# In units of the logits' standard deviation. Rounding decides about pixels closer to the threshold; one of them would
+# already take a mask of a few hundred pixels below the limit of its IoU.
+_UNDECIDED_STD = 1e-4
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -227,15 +230,17 @@ def _compare_mask(
 
     centres = np.arange(size, dtype=np.float64) + 0.5
     matrix = bilinear_matrix(expected.logits.shape[1], centres, 0, LOGIT_STRIDE_PX)
-    reference = matrix @ expected.logits[index] @ matrix.T > threshold
+    logits = matrix @ expected.logits[index] @ matrix.T
     height, width = inputs.sizes[tile].tolist()
+    reference = logits > threshold
     reference[height:], reference[:, width:] = False, False
     known = _known_window(masks, index, size).clipped((height, width))
     mask, inside = mask[known.slices], reference[known.slices]
+    decided = np.abs(logits[known.slices] - threshold) > _UNDECIDED_STD * float(expected.logits.std())
 
-    union, flipped = _count(mask | inside), mask ^ inside
+    union, flipped = _count((mask | inside) & decided), mask ^ inside
     return _ComparedMask(
-        iou=1 - _count(flipped) / union if union else 1.0,
+        iou=1 - _count(flipped & decided) / union if union else 1.0,
         compared_px=mask.size,
         flipped_depth_px=_depth(inside)[flipped] if flipped.any() else np.zeros(0),
         reference_px=_count(reference),

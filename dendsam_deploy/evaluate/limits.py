@@ -103,7 +103,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         ),
         # Level 4: masks, end to end, on the pixels of the tile
         "mask_iou_mean": Metric(
-            "IoU of a box's mask with the reference mask inside the box's region, mean over all boxes",
+            "IoU of a box's mask with the reference mask inside the box's region, mean over all boxes; pixels within "
+            "1e-4 standard deviations of the threshold are undecided and left out",
             "at least", fp32=0.9999, half=0.995, int8=0.98,
         ),
         "mask_iou_p1": Metric("first percentile of the same", "at least", fp32=0.999, half=0.98, int8=None),

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +95,29 @@ def test_the_original_modules_are_run_where_checkpoints_are_given(exported, bund
     report = verify_bundle(bundle, options)
     assert report.passed, report.failures
     assert {row.reference for row in report.rows} == {"torch"}
+
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "torchvision", "onnx", "onnxscript", "segment_anything", "ultralytics"):
+    sys.modules[name] = None  # importing it now raises ImportError
+from pathlib import Path
+from dendsam_deploy.errors import MissingCapabilityError
+from dendsam_deploy.evaluate.parity import VerifyOptions, verify_bundle
+bundle, sam = map(Path, sys.argv[1:])
+assert verify_bundle(bundle, VerifyOptions(box_counts=(3,))).passed
+try:
+    verify_bundle(bundle, VerifyOptions(sam))
+except MissingCapabilityError as error:
+    print(error)
+"""
+
+
+def test_stored_outputs_are_enough_where_torch_is_not_installed(exported, bundle: Path):
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_TORCH, str(bundle), str(exported.sam)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "install dendsam-deploy[train]" in result.stdout
 
 
 def test_another_checkpoint_is_refused(exported, bundle: Path, tmp_path: Path):
@@ -351,3 +376,17 @@ def test_limits_are_kept_or_broken():
     assert at_most.judge(7.0, "fp16") == (None, True)
     assert at_most.judge(math.nan, "fp16") == (None, False)
     assert at_least.judge(math.inf, "fp32") == (0.9999, False)
+
+
+def test_pixels_on_the_threshold_are_nobodys_fault(session, truth):
+    """Rounding flips them; in a small mask a single one would break the limit of the IoU."""
+    steep = np.full((32, 32), -9, np.float32)
+    steep[8:12, 8:12] = 9
+    steep[20:22, 20:22] = 1e-6
+    masks = np.repeat(steep[None], len(truth.inputs.boxes), axis=0)
+    truth = dataclasses.replace(truth, sam=dataclasses.replace(truth.sam, logits=masks))
+
+    def draw(inputs: Tensors, run: Callable) -> Tensors:
+        return {**run(inputs), "logits": masks[: len(inputs["boxes"])] - np.float32(2e-6)}
+
+    assert failures(sabotaged(session, "decoder", draw), truth) == set()
