@@ -1,0 +1,92 @@
+"""Trains the packaged detector from nothing on the data of `demo_sources`, without the densely labelled phantoms.
+
+python benchmarks/train_demo_detector.py --medulla FOLDER --minutes 60 -o dendsam_deploy/weights/detector.pt
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from demo_sources import DATA, HELD_OUT_SECTIONS, medulla_source, phantom_source
+
+from dendsam_deploy.models.detector import DetectorRecord, load_detector, save_detector
+from dendsam_deploy.models.sam import default_image_size
+from dendsam_deploy.training.detector_loop import DetectorSchedule, LoopPlan, train_detector
+from dendsam_deploy.training.detector_tiles import held_out_tiles, least_area_px, training_tiles, write_tiles
+
+if TYPE_CHECKING:
+    from dendsam_deploy.progress import Progress
+
+log = logging.getLogger("train_demo_detector")
+
+
+def main() -> None:
+    """Train, write the best checkpoint, say how good it is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--medulla", type=Path, required=True, help="folder with raw.tif and neurites.tif")
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--phantoms", type=int, default=30)
+    parser.add_argument("--tiles", type=int, default=480, help="training tiles of either kind")
+    parser.add_argument("--start", type=Path, default=Path("yolo11n.yaml"), help="architecture or checkpoint")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+
+    size = default_image_size("tiny")
+    schedule = DetectorSchedule(
+        arguments.minutes, tiles_per_epoch=320, learning_rate=arguments.learning_rate, seed=arguments.seed
+    )
+    with tempfile.TemporaryDirectory() as name, medulla_source(arguments.medulla, size) as medulla:
+        folder = Path(name)
+        sources = [phantom_source(3000, arguments.phantoms, size, dense=False), medulla]
+        train = [training_tiles(s.train, s.recipe, arguments.tiles, arguments.seed + i) for i, s in enumerate(sources)]
+        held_out = [held_out_tiles(source.held_out, source.recipe, 10) for source in sources]
+        # The smallest object of either source; a phantom's are larger than that anyway.
+        boxes = write_tiles(folder, "train", chain(*train), least_area_px(medulla.recipe))
+        write_tiles(folder, "val", chain(*held_out), least_area_px(medulla.recipe))
+        log.info("%s", boxes)
+        start = load_detector(arguments.start, arguments.seed)
+        from_scratch = arguments.start.suffix == ".yaml"
+        plan = LoopPlan(folder, size, boxes.most_per_tile, from_scratch, schedule, 0.0)
+        trained = train_detector(start, plan, Reporter(), note_elapsed)
+        best = load_detector(plan.best)
+        summary = {
+            "data": DATA,
+            "held_out_sections": [HELD_OUT_SECTIONS.start, HELD_OUT_SECTIONS.stop],
+            "epochs": trained.epochs,
+            "precision": trained.scores.precision,
+            "recall": trained.scores.recall,
+            "map50": trained.scores.map50,
+            "score_threshold": trained.scores.score_threshold,
+        }
+        save_detector(arguments.out, best.network, DetectorRecord(size, summary=summary))
+    log.info("%s", trained.scores)
+
+
+def note_elapsed(seconds: float) -> None:
+    """Log the time after an epoch."""
+    log.info("%.0f s", seconds)
+
+
+class Reporter:
+    """Logs every twentieth batch."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, progress: Progress) -> None:
+        """Log a batch."""
+        self.calls += 1
+        if self.calls % 20 == 1:
+            log.info(progress.note)
+
+
+if __name__ == "__main__":
+    main()
