@@ -31,7 +31,6 @@ _CHILDREN: dict[str, dict[int, str]] = {
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
     "Tensor": {13: "Entry"},
 }
-_DEEPEST = 64  # messages in messages; a sane model with subgraphs needs about ten
 
 
 def external_data_locations(onnx_file: Path) -> frozenset[str]:
@@ -49,23 +48,24 @@ def external_data_locations(onnx_file: Path) -> frozenset[str]:
     """
     try:
         with onnx_file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return frozenset(_locations(data, 0, len(data), "Model"))
+            return frozenset(_locations(data))
     except (ValueError, IndexError) as error:
         raise BundleError(f"{onnx_file}: not an ONNX file ({error}); export the bundle again") from error
 
 
-def _locations(data: mmap.mmap, start: int, end: int, message: str, depth: int = 0) -> Iterator[str]:
-    """Yield the ``location`` entries of all tensors inside one message."""
-    if depth > _DEEPEST:
-        raise ValueError(f"messages nested deeper than {_DEEPEST}")
-    for number, first, last in _fields(data, start, end):
-        child = _CHILDREN[message].get(number)
-        if child == "Entry":
-            entry = {key: data[a:b] for key, a, b in _fields(data, first, last)}
-            if entry.get(1) == b"location":
-                yield entry.get(2, b"").decode()
-        elif child is not None:
-            yield from _locations(data, first, last, child, depth + 1)
+def _locations(data: mmap.mmap) -> Iterator[str]:
+    """Yield the ``location`` entries of all tensors in a model."""
+    pending = [("Model", 0, len(data))]
+    while pending:
+        message, start, end = pending.pop()
+        for number, first, last in _fields(data, start, end):
+            child = _CHILDREN[message].get(number)
+            if child == "Entry":
+                entry = {key: data[a:b] for key, a, b in _fields(data, first, last)}
+                if entry.get(1) == b"location":
+                    yield entry.get(2, b"").decode()
+            elif child is not None:
+                pending.append((child, first, last))
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:

@@ -190,7 +190,10 @@ def compare_masks(
         yield Finding(4, "chain", "mask_iou_mean", np.nan)
         return
     threshold = session.manifest.thresholds.mask_logit
-    compared = [_compare_mask(masks, index, inputs, expected, threshold) for index in range(len(masks))]
+    compared = [
+        _compare_mask(known, mask, logits - threshold, _UNDECIDED_STD * float(expected.logits.std()))
+        for known, mask, logits in _masks_at_full_size(masks, inputs, expected, threshold)
+    ]
     iou = np.array([mask.iou for mask in compared])
     yield Finding(4, "chain", "mask_iou_mean", float(iou.mean()))
     yield Finding(4, "chain", "mask_iou_p1", float(np.percentile(iou, 1)))
@@ -216,28 +219,31 @@ class _ComparedMask:
     outside_px: int
 
 
-def _compare_mask(
-    masks: Masks, index: int, inputs: ReferenceInputs, expected: SamOutputs, threshold: float
-) -> _ComparedMask:
-    """Compare one mask on the pixels of its tile that its region covers."""
+def _masks_at_full_size(
+    masks: Masks, inputs: ReferenceInputs, expected: SamOutputs, threshold: float
+) -> Iterator[tuple[Window, NDArray[np.bool_], NDArray[np.float32]]]:
+    """Yield for each box, cut to the valid part of its tile: what its region covers, its mask, the reference logits."""
     size = inputs.tiles.shape[1]
-    tile = int(inputs.tile_index[index])
     whole = Window(0, 0, size, size)
     plan = TilePlan(Frame((size, size), (size, size)), (Tile(whole, whole),) * len(inputs.tiles), size)
-    patch = upsample_mask(masks, index, plan, threshold)
-    mask = np.zeros((size, size), bool)
-    mask[patch.window.slices] = patch.logits > threshold
-
     centres = np.arange(size, dtype=np.float64) + 0.5
     matrix = bilinear_matrix(expected.logits.shape[1], centres, 0, LOGIT_STRIDE_PX)
-    logits = matrix @ expected.logits[index] @ matrix.T
-    height, width = inputs.sizes[tile].tolist()
-    reference = logits > threshold
-    reference[height:], reference[:, width:] = False, False
-    known = _known_window(masks, index, size).clipped((height, width))
-    mask, inside = mask[known.slices], reference[known.slices]
-    decided = np.abs(logits[known.slices] - threshold) > _UNDECIDED_STD * float(expected.logits.std())
+    for index, tile in enumerate(inputs.tile_index.tolist()):
+        height, width = inputs.sizes[tile].tolist()
+        patch = upsample_mask(masks, index, plan, threshold)
+        mask = np.zeros((size, size), bool)
+        mask[patch.window.slices] = patch.logits > threshold
+        logits = matrix[:height] @ expected.logits[index] @ matrix[:width].T
+        yield _known_window(masks, index, size).clipped((height, width)), mask[:height, :width], logits
 
+
+def _compare_mask(
+    known: Window, mask: NDArray[np.bool_], excess: NDArray[np.float32], undecided: float
+) -> _ComparedMask:
+    """Compare a mask with where reference logits exceed the threshold, on the pixels that its region covers."""
+    reference = excess > 0
+    mask, inside = mask[known.slices], reference[known.slices]
+    decided = np.abs(excess[known.slices]) > undecided
     union, flipped = _count((mask | inside) & decided), mask ^ inside
     return _ComparedMask(
         iou=1 - _count(flipped & decided) / union if union else 1.0,

@@ -14,6 +14,7 @@ from dendsam_deploy.bundle.parity import ParityReport, ParityRow  # noqa: E402
 from dendsam_deploy.bundle.reference import load_reference  # noqa: E402
 from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, ParityError, VolumeError  # noqa: E402
 from dendsam_deploy.export.bundle import ExportOptions, export_bundle  # noqa: E402
+from dendsam_deploy.export.detector import export_detector  # noqa: E402
 from dendsam_deploy.export.model_card import TrainingFacts, model_card  # noqa: E402
 from dendsam_deploy.export.reference import ReferenceOptions, reference_inputs  # noqa: E402
 from dendsam_deploy.models.detector import DetectorRecord, load_detector  # noqa: E402
@@ -123,6 +124,20 @@ def test_bad_arguments_and_files_are_named_before_any_work(exported, tmp_path: P
 def test_a_broken_download_is_named(shared_data: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"mobile_sam_truncated\.pt: .*cut off"):
         export_bundle(ExportOptions(shared_data / "sam" / "mobile_sam_truncated.pt", tmp_path / "bundle"))
+
+
+def test_a_foreign_detector_is_its_own_original(shared_data: Path, exported, tmp_path: Path):
+    bundle = Bundle.open(exported.bundle)
+    inputs = load_reference(bundle.extra_path("reference.npz"), SIZE).inputs
+    path = shared_data / "yolo" / "yolov8n_int8.onnx"
+    detector = export_detector(path, tmp_path / "detector.onnx", bundle.manifest.preprocessing, inputs)
+    assert (detector.source.kind, detector.source.checkpoint.file) == ("onnx", path.name)
+    assert detector.source.checkpoint.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert detector.outputs is None
+    assert detector.graph.files[0].file == "detector.onnx"
+    sources = (bundle.manifest.sources[0], detector.source)
+    card = model_card(dataclasses.replace(bundle.manifest, sources=sources), TrainingFacts({}, {}))
+    assert "If the detector was made with Ultralytics software" in card
 
 
 def test_reference_tiles_are_structured_and_one_is_padded():
