@@ -61,6 +61,8 @@ class DetectorTrainingOptions:
         Checkpoint to write.
     start : Path or None
         Checkpoint (``.pt``) or architecture (``.yaml``) to start from. None: the packaged weights.
+    from_scratch : bool
+        Start from random weights of that architecture, `DEFAULT_ARCHITECTURE` where none is named.
     tile_size_px : int
         Side of the tiles, model px; a multiple of 32.
     slices : (int, int) or None
@@ -83,7 +85,8 @@ class DetectorTrainingOptions:
 
     out: Path
     start: Path | None = None
-    tile_size_px: int = 512
+    from_scratch: bool = False
+    tile_size_px: int = 384
     slices: tuple[int, int] | None = None
     holdout_fraction: float = 0.15
     gap: int = 2
@@ -192,8 +195,14 @@ def finetune_detector(
         if not earlier_s:
             folder.remove()
         raise
-    spent_s = time.monotonic() - started
-    plan = LoopPlan(folder.path, options.tile_size_px, tiles.boxes.most_per_tile, options.schedule, spent_s)
+    plan = LoopPlan(
+        folder=folder.path,
+        tile_size_px=options.tile_size_px,
+        most_boxes=tiles.boxes.most_per_tile,
+        from_scratch=options.from_scratch,
+        schedule=options.schedule,
+        elapsed_s=time.monotonic() - started,
+    )
     trained = train_detector(start, plan, progress, folder.note)
     result = DetectorTrainingResult(
         out=str(options.out),
@@ -212,7 +221,8 @@ def finetune_detector(
     best = load_detector(plan.best)
     origin = {"volume": Path(volume_path).name, "labels": Path(labels_path).name, "seed": options.schedule.seed}
     summary = origin | result.to_document() | {"out": options.out.name}
-    record = DetectorRecord(options.tile_size_px, tiles.model_pixel_size_nm, tiles.zoom, summary)
+    threshold = trained.scores.score_threshold
+    record = DetectorRecord(options.tile_size_px, tiles.model_pixel_size_nm, tiles.zoom, threshold, summary)
     save_detector(options.out, best.network, record)
     folder.remove()
     return result
@@ -246,8 +256,8 @@ def box_warnings(boxes: BoxStatistics, tile_size_px: int) -> tuple[str, ...]:
 
 def _starting_detector(options: DetectorTrainingOptions) -> YoloDetector:
     """Return what training starts from."""
-    packaged = PACKAGED_DETECTOR if PACKAGED_DETECTOR.is_file() else DEFAULT_ARCHITECTURE
-    path = options.start or packaged
+    has_default = PACKAGED_DETECTOR.is_file() and not options.from_scratch
+    path = options.start or (PACKAGED_DETECTOR if has_default else DEFAULT_ARCHITECTURE)
     detector = load_detector(path, options.schedule.seed)
     # Training builds the network anew from the description that its checkpoint brings along.
     description: Any = detector.network.yaml

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import RandomSampler
 
@@ -26,13 +27,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from dendsam_deploy.models.detector import YoloDetector
     from dendsam_deploy.progress import ProgressCallback
 
 _LARGEST_BATCH = 32  # larger ones leave too few steps
 _CPU_BATCH = 8
 _FEW_EPOCHS = 300  # ultralytics' schedule until it knows how many epochs fit into the time
-_LAST_JUDGEMENT_S = 20.0
+_LAST_JUDGEMENT_FRACTION = 0.08  # of the time, until it is known how long a judgement takes
 
 # What the tiles already vary (scale, orientation, intensity) is varied little or not at all; there is no colour.
 _AUGMENTATION: dict[str, object] = {
@@ -65,7 +68,7 @@ class DetectorSchedule:
     tiles : int or None
         Random tiles cut from the training slices. None: 600 on the CPU, 4000 on a GPU.
     tiles_per_epoch : int or None
-        Tiles drawn from them between two judgements. None: 160 on the CPU, 1280 on a GPU.
+        Tiles drawn from them between two judgements. None: 96 on the CPU, 1280 on a GPU.
     judge_tiles : int
         About how many held-out tiles judge an epoch.
     batch : int or None
@@ -103,7 +106,7 @@ class DetectorSchedule:
     @property
     def epoch_tiles(self) -> int:
         """Tiles per epoch."""
-        return min(self.tile_count, self.tiles_per_epoch or (160 if self.device == "cpu" else 1280))
+        return min(self.tile_count, self.tiles_per_epoch or (96 if self.device == "cpu" else 1280))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,8 @@ class LoopPlan:
         Side of the tiles.
     most_boxes : int
         Boxes on the fullest tile.
+    from_scratch : bool
+        Whether to forget the weights to start from.
     schedule : DetectorSchedule
         Length and steps.
     elapsed_s : float
@@ -148,6 +153,7 @@ class LoopPlan:
     folder: Path
     tile_size_px: int
     most_boxes: int
+    from_scratch: bool
     schedule: DetectorSchedule
     elapsed_s: float
 
@@ -197,7 +203,8 @@ def train_detector(
     with _translated(plan), _all_threads():
         trainer = new_trainer(_settings(plan) | ({"resume": str(plan.last)} if resumes else {}))
         if not resumes:
-            trainer.model = trainer.get_model(cfg=detector.network.yaml, weights=detector.network, verbose=False)
+            weights = None if plan.from_scratch else detector.network
+            trainer.model = trainer.get_model(cfg=detector.network.yaml, weights=weights, verbose=False)
         measure_batch = trainer.auto_batch
         trainer.auto_batch = lambda: min(measure_batch(), _LARGEST_BATCH)
         trainer.add_callback("on_pretrain_routine_end", watch.before_training)
@@ -232,6 +239,7 @@ class _Watch:
         self._started = time.monotonic() - plan.elapsed_s
         self._batch = 0
         self._held_out = math.nan
+        self._trained_until = self._started
 
     def before_training(self, trainer: Any) -> None:  # noqa: ANN401 - ultralytics' trainer is untyped
         """Let an epoch be a random part of the tiles, so that there are judgements often enough."""
@@ -246,6 +254,7 @@ class _Watch:
     def after_batch(self, trainer: Any) -> None:  # noqa: ANN401
         """Report."""
         self._batch += 1
+        self._trained_until = time.monotonic()
         schedule, elapsed = self._plan.schedule, time.monotonic() - self._started
         batches = len(trainer.train_loader)
         epochs_done = trainer.epoch + min(1.0, self._batch / batches)
@@ -260,13 +269,18 @@ class _Watch:
         self._progress(Progress("train detector", min(1.0, done), 1.0, note))
 
     def after_epoch(self, trainer: Any) -> None:  # noqa: ANN401
-        """Note the score and the time; end the training where its epochs are over before its time."""
-        self._batch = 0
+        """Note the score and the time, and see to it that the training ends when it should."""
+        now, self._batch = time.monotonic(), 0
         self._held_out = float(trainer.metrics.get("metrics/mAP50(B)", math.nan))
-        epochs = self._plan.schedule.epochs
-        if epochs is not None and trainer.epoch + 1 >= epochs:
+        schedule = self._plan.schedule
+        if schedule.epochs is not None and trainer.epoch + 1 >= schedule.epochs:
             trainer.stop = True
-        self._note_elapsed(time.monotonic() - self._started)
+        if schedule.minutes is not None:
+            # When its time is up, ultralytics judges the last epoch, and then the best one again.
+            spent_before_s = now - self._started - (time.time() - trainer.train_time_start)
+            left_s = 60 * schedule.minutes - spent_before_s - 2 * (now - self._trained_until)
+            trainer.args.time = max(left_s, 1.0) / 3600
+        self._note_elapsed(now - self._started)
 
 
 def _settings(plan: LoopPlan) -> dict[str, object]:
@@ -300,7 +314,7 @@ def _settings(plan: LoopPlan) -> dict[str, object]:
         "verbose": False,
     }
     if schedule.minutes is not None:
-        left_s = 60 * schedule.minutes - plan.elapsed_s - _LAST_JUDGEMENT_S
+        left_s = 60 * schedule.minutes * (1 - _LAST_JUDGEMENT_FRACTION) - plan.elapsed_s
         settings["time"] = max(left_s, 1.0) / 3600
     return settings | _AUGMENTATION
 
@@ -321,10 +335,17 @@ def _scores(trainer: Any) -> HeldOutScores:  # noqa: ANN401
     """Read the last judgement, that of the best checkpoint."""
     box = trainer.validator.metrics.box
     precision, recall, map50, map50_95 = (float(value) for value in box.mean_results())
-    # Without a single detection ultralytics keeps empty lists instead of curves.
+    # Without a single detection ultralytics keeps empty lists instead of curves. It reads precision and recall where
+    # the smoothed curve peaks.
     curve: Any = box.f1_curve
-    threshold = float(box.px[curve.mean(0).argmax()]) if len(curve) and curve.max() > 0 else 0.25
+    threshold = float(box.px[_smoothed(curve.mean(0)).argmax()]) if len(curve) and curve.max() > 0 else 0.25
     return HeldOutScores(precision, recall, map50, map50_95, threshold)
+
+
+def _smoothed(curve: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the moving average over a tenth of a curve, whose ends go on as they are."""
+    width = round(len(curve) * 0.2) // 2 + 1
+    return np.convolve(np.pad(curve, width // 2, mode="edge"), np.full(width, 1 / width), mode="valid")
 
 
 @contextlib.contextmanager
