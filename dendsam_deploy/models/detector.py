@@ -78,6 +78,8 @@ class DetectorRecord:
         Size of a tile pixel in training, where the training volume recorded its voxel size.
     zoom : float or None
         Tile px per slice px of the training volume.
+    score_threshold : float or None
+        Least score at which precision and recall balanced best on held-out tiles.
     summary : dict
         Plain values about the training: data, slices used and held out, scores, statistics of the boxes.
     """
@@ -85,6 +87,7 @@ class DetectorRecord:
     tile_size_px: int
     model_pixel_size_nm: float | None = None
     zoom: float | None = None
+    score_threshold: float | None = None
     summary: dict[str, Any] = field(default_factory=dict)
 
 
