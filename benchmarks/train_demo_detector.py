@@ -64,9 +64,9 @@ def main() -> None:
             "precision": trained.scores.precision,
             "recall": trained.scores.recall,
             "map50": trained.scores.map50,
-            "score_threshold": trained.scores.score_threshold,
         }
-        save_detector(arguments.out, best.network, DetectorRecord(size, summary=summary))
+        record = DetectorRecord(size, score_threshold=trained.scores.score_threshold, summary=summary)
+        save_detector(arguments.out, best.network, record)
     log.info("%s", trained.scores)
 
 

@@ -28,7 +28,7 @@ class InvalidArgumentError(DendsamError):
 
 
 class MissingCapabilityError(DendsamError):
-    """This machine lacks an engine, device, precision or package that was asked for."""
+    """The machine lacks an engine, device, precision or package that was asked for."""
 
 
 class InputFileError(DendsamError):

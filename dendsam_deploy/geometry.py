@@ -1,18 +1,20 @@
 """Frames, windows and tiles: the only place where coordinates are converted.
 
-Four frames exist. *Slice px* is the frame of the file on disk. *Model px* is the slice resampled to the pixel
-size at which the model was trained. *Tile px* is model px relative to a tile's corner; a tile is exactly as large as the
-model's input, so one tile px is one pixel of the network. *Grid cells* are the network's own lattices: embeddings have one
-cell per 16 tile px, mask logits one per 4.
+Four frames exist. *Slice px* is the frame of the file on disk. *Model px* is the slice resampled to the pixel size at
+which the model was trained. *Tile px* is model px relative to a tile's corner; a tile is exactly as large as the
+model's input, so one tile px is one pixel of the network. *Grid cells* are the network's own lattices: embeddings
+have one cell per 16 tile px, mask logits one per 4.
 
-Coordinates are continuous and refer to pixel *edges*: pixel ``i`` covers ``[i, i + 1)`` and its centre lies at ``i + 0.5``. A box that just
-encloses the pixels ``x0 ... x1`` is ``(x0, x1 + 1)``. Scaling a coordinate is therefore a plain multiplication, without half-pixel terms.
+Coordinates are continuous and refer to pixel *edges*: pixel ``i`` covers ``[i, i + 1)`` and its centre lies at ``i +
+0.5``. A box that just encloses the pixels ``x0 ... x1`` is ``(x0, x1 + 1)``. Scaling a coordinate is therefore a
+plain multiplication, without half-pixel terms.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -100,7 +102,8 @@ def tile_grid(shape_hw: tuple[int, int], tile_size_px: int, overlap_px: int) -> 
     tile_size_px : int
         Side of the square tiles. A slice smaller than that gets one tile with a smaller ``read`` window.
     overlap_px : int
-        Least overlap of neighbouring tiles; at least the size of the largest object, if each object is to be seen whole.
+        Least overlap of neighbouring tiles; at least the size of the largest object, if each object is to be seen
+        whole.
 
     Returns
     -------
@@ -138,7 +141,7 @@ def _axis_cuts(length: int, size: int, overlap: int) -> list[_Cut]:
         return [_Cut(0, length, 0, length)]
     count = math.ceil((length - overlap) / (size - overlap))
     starts = [round(index * (length - size) / (count - 1)) for index in range(count)]
-    borders = [0, *((left + size + right) // 2 for left, right in zip(starts, starts[1:], strict=False)), length]
+    borders = [0, *((left + size + right) // 2 for left, right in pairwise(starts)), length]
     return [_Cut(start, start + size, borders[i], borders[i + 1]) for i, start in enumerate(starts)]
 
 
@@ -151,7 +154,8 @@ class Frame:
     slice_hw : (int, int)
         Shape on disk, slice px.
     model_hw : (int, int)
-        Shape after resampling, model px. The scale of an axis is the exact ratio of the two, so that the borders coincide.
+        Shape after resampling, model px. The scale of an axis is the exact ratio of the two, so that the borders
+        coincide.
     """
 
     slice_hw: tuple[int, int]
@@ -202,9 +206,9 @@ def choose_zoom(
 ) -> tuple[float, float]:
     """Decide by how much a slice is enlarged (> 1) or reduced (< 1) before a model sees it.
 
-    Where the pixel sizes of both the volume and the model are recorded, their ratio decides. Otherwise the zoom at which the
-    model was trained is used. A model that records neither gets SAM's own rule for small images: a slice that is smaller than one
-    tile is enlarged until its longer side fills the tile; larger slices stay as they are.
+    Where the pixel sizes of both the volume and the model are recorded, their ratio decides. Otherwise the zoom at
+    which the model was trained is used. A model that records neither gets SAM's own rule for small images: a slice
+    that is smaller than one tile is enlarged until its longer side fills the tile; larger slices stay as they are.
 
     Parameters
     ----------
@@ -237,8 +241,9 @@ def bilinear_matrix(
 ) -> NDArray[np.float32]:
     """Return the matrix that samples a regularly spaced signal at given positions by linear interpolation.
 
-    Cell ``i`` of the signal is centred at ``source_origin + (i + 0.5) * source_step``. Positions beyond the outermost centres take the outermost
-    value, as in ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``, to which this is equal along one axis.
+    Cell ``i`` of the signal is centred at ``source_origin + (i + 0.5) * source_step``. Positions beyond the outermost
+    centres take the outermost value, as in ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``,
+    to which this is equal along one axis.
 
     Parameters
     ----------

@@ -38,6 +38,9 @@ Gate = Callable[[Path], ParityReport]
 DEFAULT_THRESHOLDS = Thresholds(detection_score=0.25, nms_iou=0.6, mask_logit=0.0, min_area_px=25)
 """Until a validation volume says better; labels under 25 px were left out of training as well."""
 
+DEFAULT_OVERLAP_PX = 128
+"""Objects up to four times as wide as the typical one are seen whole by some tile."""
+
 _REGION_SIZES = (8, 16, 32, 64)
 _STEPS = ("reading the weights", "encoder", "decoder", "reference", "detector", "verifying")
 _PRODUCERS = ("torch", "onnx", "onnxscript", "segment-anything")
@@ -60,11 +63,12 @@ class ExportOptions:
     image_size_px : int or None
         Side of the model's input; None takes the checkpoint's own.
     overlap_px : int or None
-        Least overlap of neighbouring tiles; None takes an eighth of the side.
+        Least overlap of neighbouring tiles; None takes 128, or a third of the side where that is less.
     model_pixel_size_nm, zoom : float or None
         Scale of the training images, where the checkpoint does not record it or records it wrongly.
-    thresholds : Thresholds
-        What `segment` uses by default.
+    thresholds : Thresholds or None
+        What `segment` uses by default. None takes `DEFAULT_THRESHOLDS`, with the score that the detector's training
+        found best, where it recorded one.
     margin_fraction, margin_px : float
         Margin of the decoder's region around a box: a fraction of the box's longer side, and tile px on top.
     reference_volume : Path or None
@@ -83,7 +87,7 @@ class ExportOptions:
     overlap_px: int | None = None
     model_pixel_size_nm: float | None = None
     zoom: float | None = None
-    thresholds: Thresholds = DEFAULT_THRESHOLDS
+    thresholds: Thresholds | None = None
     margin_fraction: float = 0.25
     margin_px: float = 16.0
     reference_volume: Path | None = None
@@ -143,6 +147,7 @@ class _Parts:
     graphs: tuple[GraphSpec, ...]
     reference: StoredReference
     facts: TrainingFacts
+    thresholds: Thresholds = DEFAULT_THRESHOLDS
 
 
 def _write_graphs(options: ExportOptions, folder: Path, progress: ProgressCallback) -> _Parts:
@@ -178,8 +183,10 @@ def _with_detector(parts: _Parts, path: Path, folder: Path) -> _Parts:
     from dendsam_deploy.export.detector import export_detector  # noqa: PLC0415  (see above)
 
     detector = export_detector(path, folder / "detector.onnx", parts.preprocessing, parts.reference.inputs)
+    score = detector.score_threshold
     return replace(
         parts,
+        thresholds=parts.thresholds if score is None else replace(parts.thresholds, detection_score=score),
         sources=(*parts.sources, detector.source),
         graphs=(*parts.graphs, detector.graph),
         reference=replace(parts.reference, detector=detector.outputs),
@@ -190,7 +197,7 @@ def _with_detector(parts: _Parts, path: Path, folder: Path) -> _Parts:
 def _preprocessing(options: ExportOptions, record: TrainingRecord) -> Preprocessing:
     """Settle how tiles are prepared: as the checkpoint records it, unless the options say otherwise."""
     size = record.image_size
-    overlap = size // 8 if options.overlap_px is None else options.overlap_px
+    overlap = min(DEFAULT_OVERLAP_PX, size // 3) if options.overlap_px is None else options.overlap_px
     if not 0 <= overlap < size:
         raise InvalidArgumentError(
             f"an overlap of {overlap} px does not fit tiles of {size} px; choose 0 to {size - 1}"
@@ -222,7 +229,7 @@ def _manifest(options: ExportOptions, parts: _Parts) -> Manifest:
             margin_fraction=options.margin_fraction,
             margin_px=options.margin_px,
         ),
-        thresholds=options.thresholds,
+        thresholds=options.thresholds or parts.thresholds,
         producers={"dendsam-deploy": __version__} | {package: metadata.version(package) for package in packages},
         extra_files=(),
     )

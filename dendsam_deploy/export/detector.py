@@ -37,12 +37,15 @@ class ExportedDetector:
         What the original finds on the reference tiles; None for a foreign graph, which is its own original.
     training : mapping
         What its checkpoint records about its training.
+    score_threshold : float or None
+        The least score that its training found best.
     """
 
     graph: GraphSpec
     source: Source
     outputs: DetectorOutputs | None
     training: Mapping[str, object] = field(default_factory=dict)
+    score_threshold: float | None = None
 
 
 def export_detector(path: Path, out: Path, preprocessing: Preprocessing, inputs: ReferenceInputs) -> ExportedDetector:
@@ -77,4 +80,5 @@ def export_detector(path: Path, out: Path, preprocessing: Preprocessing, inputs:
         source=Source("detector", detector.architecture, checkpoint_digest(path, detector.sha256)),
         outputs=detector_outputs(original, inputs, module.candidates),
         training=detector.record.summary if detector.record else {},
+        score_threshold=detector.record.score_threshold if detector.record else None,
     )

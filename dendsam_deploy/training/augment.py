@@ -48,7 +48,8 @@ def vary_intensity(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArra
         grey += _illumination(grey.shape, rng)
     if rng.random() < 0.5:
         grey += rng.normal(0, rng.uniform(2, 14), grey.shape)
-    return np.clip(grey, 0, 255).astype(np.uint8)
+    varied: NDArray[np.uint8] = np.clip(grey, 0, 255).astype(np.uint8)
+    return varied
 
 
 def _illumination(shape_hw: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float32]:

@@ -126,7 +126,9 @@ def finetune_sam(
         judge = LabelledVolume(image, labels, held_out, options.background_labels)
         areas = learn.object_areas()
         if not len(areas) or not len(judge.object_areas()):
-            raise VolumeError(f"{labels_path}: no object of 25 px or more in the chosen slices; choose others with slices")
+            raise VolumeError(
+                f"{labels_path}: no object of 25 px or more in the chosen slices; choose others with slices"
+            )
         zoom = options.zoom or plan_zoom(areas)
         voxel_size = image.info.voxel_size_nm
         pixel_size = None if voxel_size is None else voxel_size[1] / zoom
@@ -178,12 +180,14 @@ def _starting_model(options: FinetuneSamOptions) -> tuple[Any, int]:
     start = options.start or (PACKAGED_SAM if options.model_type == "tiny" else None)
     if start is None:
         raise InvalidArgumentError(
-            f"fine-tuning {options.model_type} needs weights to start from: give a SAM checkpoint, or ask for random weights"
+            f"fine-tuning {options.model_type} needs weights to start from: give a SAM checkpoint with --start, "
+            "or ask for random weights with --from-scratch"
         )
     loaded = load_sam(start, options.image_size)
     if loaded.record.model_type != options.model_type:
         raise CheckpointError(
-            f"{start}: holds a {loaded.record.model_type}, but {options.model_type} was asked for; name the type of the file"
+            f"{start}: holds a {loaded.record.model_type}, but {options.model_type} was asked for; "
+            "name the type of the file"
         )
     return loaded.sam, loaded.record.image_size
 
@@ -226,7 +230,9 @@ class _SavedState:
             partial.replace(self.path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise StorageError(f"{self.path}: cannot write ({error.strerror or error}); free space and run again") from error
+            raise StorageError(
+                f"{self.path}: cannot write ({error.strerror or error}); free space and run again"
+            ) from error
 
     def remove(self) -> None:
         """Forget the run: it is finished."""

@@ -1,4 +1,4 @@
-"""Judges a model under training: IoU of its masks with the true objects, prompted by their exact boxes, as deployment would paint them."""
+"""Judges a model under training: IoU of its masks with the true objects, prompted by their exact boxes."""
 
 from __future__ import annotations
 
@@ -60,32 +60,34 @@ def box_prompt_iou(
     encoder.eval()
     decoder.eval()
     count = min(slices, len(volume.slices))
-    chosen = [volume.slices[round(i * (len(volume.slices) - 1) / max(count - 1, 1))] for i in range(count)]
+    sampled = [volume.slices[round(i * (len(volume.slices) - 1) / max(count - 1, 1))] for i in range(count)]
     device = decoder.image_position.device
     scores: list[float] = []
-    for z in chosen:
+    for z in sampled:
         tile = deployed_tile(volume[z], recipe)
         objects = tile_objects(tile, MIN_OBJECT_PX * recipe.zoom**2)
         image = torch.from_numpy(tile.image)[None].to(device)
         embeddings = encoder(image, torch.tensor([tile.size_hw], device=device)).float()
         for region, rows in boxes_by_region(objects.boxes_xyxy, decoder.grid):
             for some in np.array_split(rows, math.ceil(len(rows) / BOXES_AT_ONCE)):
-                scores.extend(_region_iou(decoder, embeddings, tile, objects, some, region))
+                chosen = objects.take(some)
+                scores.extend(_region_iou(decoder, embeddings, tile, chosen, region))
     return np.array(scores, np.float64)
 
 
 def _region_iou(
-    decoder: BoxDecoderGraph, embeddings: Tensor, tile: Tile, objects: TileObjects, rows: NDArray[np.intp], region: int
+    decoder: BoxDecoderGraph, embeddings: Tensor, tile: Tile, objects: TileObjects, region: int
 ) -> list[float]:
     """Decode some boxes of a tile on regions of one size and return their masks' IoU with the whole objects."""
-    boxes = torch.from_numpy(objects.boxes_xyxy[rows]).to(embeddings.device)
-    index = torch.zeros(len(rows), dtype=torch.int64, device=embeddings.device)
+    boxes = torch.from_numpy(objects.boxes_xyxy).to(embeddings.device)
+    index = torch.zeros(len(boxes), dtype=torch.int64, device=embeddings.device)
     logits, origin, _ = decoder(embeddings, boxes, index, torch.tensor([region], device=embeddings.device))
     masks = functional.interpolate(logits[None], scale_factor=LOGIT_STRIDE_PX, mode="bilinear")[0] > 0
+    corners = origin.cpu().numpy() * LOGIT_STRIDE_PX
     scores = []
-    for row, mask, (y, x) in zip(rows, masks.cpu().numpy(), origin.cpu().numpy() * LOGIT_STRIDE_PX, strict=True):
+    for mask, (y, x), number, area in zip(masks.cpu().numpy(), corners, objects.numbers, objects.areas_px, strict=True):
         valid = mask[: max(tile.size_hw[0] - y, 0), : max(tile.size_hw[1] - x, 0)]
-        true = tile.objects[y : y + valid.shape[0], x : x + valid.shape[1]] == objects.numbers[row]
+        true = tile.objects[y : y + valid.shape[0], x : x + valid.shape[1]] == number
         overlap = int((valid & true).sum())
-        scores.append(overlap / (int(valid.sum()) + int(objects.areas_px[row]) - overlap))
+        scores.append(overlap / (int(valid.sum()) + int(area) - overlap))
     return scores

@@ -1,4 +1,4 @@
-"""What SAM is trained to minimise: masks on the box's region, the estimate of their own quality, and dense hints for young encoders."""
+"""What SAM is trained to minimise: errors of masks and of their predicted IoU, and hints for young encoders."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ def mask_losses(logits: Tensor, target: Tensor, predicted_iou: Tensor) -> MaskLo
     Returns
     -------
     MaskLosses
-        Soft Dice loss ``1 - 2 sum(p t) / (sum(p^2) + sum(t^2))``, mean binary cross entropy, squared error of the predicted IoU against the IoU of the
-        binary masks, and that IoU.
+        Soft Dice loss ``1 - 2 sum(p t) / (sum(p^2) + sum(t^2))``, mean binary cross entropy, squared error of the
+        predicted IoU against the IoU of the binary masks, and that IoU.
 
     References
     ----------
-    Milletari et al. 2016, V-Net, arXiv:1606.04797 (Dice). Archit et al. 2025, micro-sam, doi:10.1038/s41592-024-02580-4 (Dice + IoU regression).
+    Milletari et al. 2016, V-Net, arXiv:1606.04797 (Dice). Archit et al. 2025, micro-sam,
+    doi:10.1038/s41592-024-02580-4 (Dice + IoU regression).
     """
     probability, truth, flat = logits.sigmoid().flatten(1), target.flatten(1), logits.flatten(1)
     overlap = 2 * (probability * truth).sum(1)
@@ -51,15 +52,39 @@ def mask_losses(logits: Tensor, target: Tensor, predicted_iou: Tensor) -> MaskLo
     return MaskLosses(dice, cross_entropy, (predicted_iou - iou).square(), iou)
 
 
+def best_alternative(alternatives: list[MaskLosses]) -> MaskLosses:
+    """Choose, per object, the mask of several that fits best.
+
+    Parameters
+    ----------
+    alternatives : list of MaskLosses
+        Losses of the same n objects with different masks.
+
+    Returns
+    -------
+    MaskLosses
+        Those of the mask with the least Dice loss; the errors of the predicted IoU are averaged over all masks, since
+        each mask predicts its own.
+    """
+    if len(alternatives) == 1:
+        return alternatives[0]
+    best = torch.stack([losses.dice for losses in alternatives]).argmin(0, keepdim=True)
+    dice, cross_entropy, _, iou = (torch.stack(column).gather(0, best)[0] for column in zip(*alternatives, strict=True))
+    error = torch.stack([losses.iou_error for losses in alternatives]).mean(0)
+    return MaskLosses(dice, cross_entropy, error, iou)
+
+
 class DenseHints(nn.Module):
     """A throw-away head that asks the embedding where borders are and where each pixel's object is centred.
 
-    A mask loss reaches the encoder only through a decoder that at first does not know what a box is. These two dense targets give
-    every cell of an untrained encoder a gradient from the first step. The head is not part of the model and is never exported.
+    A mask loss reaches the encoder only through a decoder that at first does not know what a box is. These two dense
+    targets give every cell of an untrained encoder a gradient from the first step. The head is not part of the model
+    and is never exported.
 
     References
     ----------
-    The centre offsets are those of Neven et al. 2019, "Instance Segmentation by Jointly Optimizing Spatial Embeddings", arXiv:1906.11109.
+    The centre offsets are those of Neven et al. 2019, "Instance Segmentation by Jointly Optimizing Spatial
+    Embeddings", arXiv:1906.11109.
     """
 
     OFFSET_UNIT_PX = 32.0

@@ -1,8 +1,8 @@
 """Fine-tuning of SAM on labelled slices with the boxes that a detector draws, through the very graph that is deployed.
 
-One step: cut tiles, encode them, draw a few objects of each, prompt the decoder with their boxes (or, in some steps, one point each) and compare
-its logits with the truth on each box's region. Sections are split into contiguous blocks; the checkpoint that
-segments the held-out block best is kept.
+One step: cut tiles, encode them, draw a few objects of each, prompt the decoder with their boxes (or, in some steps,
+one point each) and compare its logits with the truth on each box's region. Sections are split into contiguous blocks;
+the checkpoint that segments the held-out block best is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dendsam_deploy.models.image_encoder import ImageEncoderGraph
 from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 from dendsam_deploy.training import judge
 from dendsam_deploy.training.averages import MovingAverage
-from dendsam_deploy.training.losses import DenseHints, MaskLosses, mask_losses
+from dendsam_deploy.training.losses import DenseHints, MaskLosses, best_alternative, mask_losses
 from dendsam_deploy.training.samples import (
     MIN_OBJECT_PX,
     LabelledVolume,
@@ -32,20 +32,20 @@ from dendsam_deploy.training.samples import (
     TileObjects,
     TileRecipe,
     boxes_by_region,
+    coverage,
     dense_targets,
     jittered_boxes,
     random_points,
     random_tile,
-    coverage,
     tile_objects,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
     from segment_anything.modeling import Sam
+
 
 @dataclass(frozen=True, slots=True)
 class SamTrainingOptions:
@@ -70,7 +70,7 @@ class SamTrainingOptions:
     judge_minutes : float
         Time between judgements on the held-out slices.
     judge_slices : int
-        Most held-out slices used by a judgement; the last judgement uses all.
+        Most held-out slices used by a judgement, evenly spaced.
     seed : int
         Source of every random choice.
     device : str
@@ -133,15 +133,31 @@ class TrainingState(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one step learns from."""
+    """What one step learns from: tiles, and n prompted objects in the order of their tiles.
+
+    `images` (b, S, S) uint8 and `sizes` (b, 2) are the encoder's inputs, `hints` the dense targets. Of the objects,
+    `numbers` (n,) are their numbers on the tile `tile_index` (n,), `boxes_xyxy` (n, 4) their tight boxes and
+    `prompts` boxes (n, 4) or points (n, 2), all in tile px.
+    """
 
     images: Tensor
     sizes: Tensor
-    hints: tuple[Tensor, Tensor, Tensor]
+    hints: tuple[Tensor, Tensor, Tensor] | None
     tiles: tuple[Tile, ...]
-    objects: tuple[TileObjects, ...]
+    numbers: NDArray[np.int64]
+    tile_index: NDArray[np.int64]
+    boxes_xyxy: NDArray[np.float32]
     prompts: Tensor
     use_points: bool
+
+    def coverage(self, rows: NDArray[np.intp], origins_yx: NDArray[np.int64], side: int) -> NDArray[np.float32]:
+        """Return which part of each cell of its region each object covers, ``(n, side, side)``, in S/4 cells."""
+        return np.stack(
+            [
+                coverage(self.tiles[self.tile_index[row]].objects, int(self.numbers[row]), origin, side)
+                for row, origin in zip(rows, origins_yx, strict=True)
+            ]
+        )
 
 
 class SamTrainer:
@@ -159,7 +175,9 @@ class SamTrainer:
         Train the encoder on borders and object centres too; for encoders that start from little.
     """
 
-    def __init__(self, sam: Sam, sources: Sequence[TrainingSource], options: SamTrainingOptions, with_hints: bool) -> None:
+    def __init__(
+        self, sam: Sam, sources: Sequence[TrainingSource], options: SamTrainingOptions, *, with_hints: bool
+    ) -> None:
         self.options, self.sources = options, tuple(sources)
         self.device = torch.device(options.device)
         self.sam = sam.to(self.device)
@@ -205,9 +223,11 @@ class SamTrainer:
             loss_mean = loss if math.isnan(loss_mean) else 0.98 * loss_mean + 0.02 * loss
             iou_mean = iou if math.isnan(iou_mean) else 0.98 * iou_mean + 0.02 * iou
             elapsed = elapsed_before + time.monotonic() - started
-            left_min = elapsed / 60 * (1 - done) / max(done, 1e-6)
-            best_iou = max(entry.held_out_iou for entry in history)
-            note = f"step {step}, loss {loss_mean:.3f}, IoU {iou_mean:.3f}, held-out {best_iou:.3f}, {left_min:.1f} min left"
+            left = elapsed / 60 * (1 - done) / max(done, 1e-6)
+            held_out = max(entry.held_out_iou for entry in history)
+            note = (
+                f"step {step}, loss {loss_mean:.3f}, IoU {iou_mean:.3f}, held-out {held_out:.3f}, {left:.1f} min left"
+            )
             progress(Progress("train", done, 1.0, note))
             if time.monotonic() - last_judged > options.judge_minutes * 60:
                 best = self._judged(step, elapsed, options.judge_slices, history, best)
@@ -222,7 +242,10 @@ class SamTrainer:
     def held_out_iou(self, slices: int) -> float:
         """Return the mean IoU, with exact boxes, of the averaged weights over the held-out objects of all sources."""
         with self.average.swapped_in(self.sam):
-            scores = [judge.box_prompt_iou(self.encoder, self.decoder, s.held_out, s.recipe, slices) for s in self.sources]
+            scores = [
+                judge.box_prompt_iou(self.encoder, self.decoder, source.held_out, source.recipe, slices)
+                for source in self.sources
+            ]
         every = np.concatenate(scores)
         return float(every.mean()) if len(every) else 0.0
 
@@ -255,10 +278,10 @@ class SamTrainer:
         embeddings = embeddings.float()
         losses = self._mask_losses(embeddings, batch)
         loss = (losses.dice + 2 * losses.cross_entropy + losses.iou_error).mean()
-        if self.hints is not None:
+        if self.hints is not None and batch.hints is not None:
             loss = loss + 0.5 * self.hints(embeddings, *batch.hints)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.sam.parameters(), 1.0)
         self.optimiser.step()
         self.average.update(self.sam)
@@ -279,64 +302,53 @@ class SamTrainer:
             if not len(objects.numbers):
                 continue
             picked = rng.permutation(len(objects.numbers))[: options.objects_per_tile]
-            objects = TileObjects(*(column[picked] for column in objects))
+            objects = objects.take(picked)
             tiles.append(tile)
             chosen.append(objects)
             if use_points:
                 prompts.append(random_points(tile.objects, objects.numbers, objects.boxes_xyxy, rng))
             else:
                 prompts.append(jittered_boxes(objects.boxes_xyxy, options.box_jitter, options.exact_fraction, rng))
-        hints = [dense_targets(tile, LOGIT_STRIDE_PX) for tile in tiles] if self.hints is not None else []
-        border, offset, inside = (np.stack(column) for column in zip(*hints, strict=True)) if hints else (np.zeros(0),) * 3
         return Batch(
             images=self._tensor(np.stack([tile.image for tile in tiles])),
             sizes=torch.tensor([tile.size_hw for tile in tiles], device=self.device),
-            hints=(self._tensor(border), self._tensor(offset), self._tensor(inside)),
+            hints=self._dense_targets(tiles) if self.hints is not None else None,
             tiles=tuple(tiles),
-            objects=tuple(chosen),
+            numbers=np.concatenate([objects.numbers for objects in chosen]),
+            tile_index=np.repeat(np.arange(len(chosen)), [len(objects.numbers) for objects in chosen]),
+            boxes_xyxy=np.concatenate([objects.boxes_xyxy for objects in chosen]),
             prompts=self._tensor(np.concatenate(prompts)),
             use_points=use_points,
         )
 
+    def _dense_targets(self, tiles: list[Tile]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return borders, offsets and where these hold, for all tiles."""
+        border, offset, inside = zip(*(dense_targets(tile, LOGIT_STRIDE_PX) for tile in tiles), strict=True)
+        return self._tensor(np.stack(border)), self._tensor(np.stack(offset)), self._tensor(np.stack(inside))
+
     def _mask_losses(self, embeddings: Tensor, batch: Batch) -> MaskLosses:
         """Decode every prompt of a batch and compare with the truth, object by object."""
-        counts = torch.tensor([len(objects.numbers) for objects in batch.objects])
-        tile_index = torch.repeat_interleave(torch.arange(len(counts)), counts).to(self.device)
         embed = self.decoder.point_tokens if batch.use_points else self.decoder.box_tokens
+        tile_index = torch.from_numpy(batch.tile_index).to(self.device)
         decoded = self.decoder.decode_prompts(embeddings, embed(batch.prompts), tile_index)
-        boxes = np.concatenate([objects.boxes_xyxy for objects in batch.objects])
-        # SAM answers a box with its first mask token and a point with the best of the other three.
-        masks = (1, 2, 3) if batch.use_points else (0,)
-        parts = []
-        for side, rows in boxes_by_region(boxes, self.decoder.grid):
-            part = [self._region_losses(decoded, rows, boxes, side, batch, mask) for mask in masks]
-            parts.append(_best_of(part))
+        groups = boxes_by_region(batch.boxes_xyxy, self.decoder.grid)
+        parts = [self._region_losses(decoded, batch, side, rows) for side, rows in groups]
         return MaskLosses(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def _region_losses(
-        self, decoded: DecodedTokens, rows: NDArray[np.intp], boxes: NDArray[np.float32], side: int, batch: Batch, mask: int
-    ) -> MaskLosses:
-        """Compare one mask token of some prompts with the truth on regions of one size."""
+    def _region_losses(self, decoded: DecodedTokens, batch: Batch, side: int, rows: NDArray[np.intp]) -> MaskLosses:
+        """Compare the masks of some prompts with the truth on regions of one size."""
         index = torch.from_numpy(rows).to(self.device)
-        origin = self.decoder.region_origin(self._tensor(boxes[rows]), torch.tensor(side, device=self.device))
-        kernel = self.sam.mask_decoder.output_hypernetworks_mlps[mask](decoded.masks[index, mask])
+        boxes = self._tensor(batch.boxes_xyxy[rows])
+        origin = self.decoder.region_origin(boxes, torch.tensor(side, device=self.device))
         cells = self.decoder.region_tokens(decoded.image[index], origin, torch.arange(side, device=self.device))
-        logits = self.decoder.mask_logits(cells, kernel)
-        numbers = np.concatenate([objects.numbers for objects in batch.objects])
-        tile_of = np.repeat(np.arange(len(batch.tiles)), [len(objects.numbers) for objects in batch.objects])
-        truth = np.stack(
-            [
-                coverage(
-                    batch.tiles[tile_of[row]].objects,
-                    int(numbers[row]),
-                    (int(y) * CELLS_PER_TOKEN, int(x) * CELLS_PER_TOKEN),
-                    side * CELLS_PER_TOKEN,
-                    LOGIT_STRIDE_PX,
-                )
-                for row, (y, x) in zip(rows, origin.cpu().numpy(), strict=True)
-            ]
-        )
-        return mask_losses(logits, self._tensor(truth), decoded.iou[index, mask])
+        truth = self._tensor(batch.coverage(rows, origin.cpu().numpy() * CELLS_PER_TOKEN, side * CELLS_PER_TOKEN))
+        # SAM answers a box with its first mask token and a point with the best of the other three.
+        alternatives = []
+        for token in (1, 2, 3) if batch.use_points else (0,):
+            kernel = self.sam.mask_decoder.output_hypernetworks_mlps[token](decoded.masks[index, token])
+            logits = self.decoder.mask_logits(cells, kernel)
+            alternatives.append(mask_losses(logits, truth, decoded.iou[index, token]))
+        return best_alternative(alternatives)
 
     def _snapshot(
         self, step: int, elapsed_s: float, history: list[judge.Judgement], best: dict[str, Tensor]
@@ -362,14 +374,3 @@ class SamTrainer:
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-
-
-def _best_of(alternatives: list[MaskLosses]) -> MaskLosses:
-    """Take, per object, the mask losses of the alternative with the least Dice loss; the IoU errors are averaged over all."""
-    if len(alternatives) == 1:
-        return alternatives[0]
-    dice = torch.stack([losses.dice for losses in alternatives])
-    best = dice.argmin(0, keepdim=True)
-    picked = [torch.stack(column).gather(0, best)[0] for column in zip(*alternatives, strict=True)]
-    error = torch.stack([losses.iou_error for losses in alternatives]).mean(0)
-    return MaskLosses(picked[0], picked[1], error, picked[3])

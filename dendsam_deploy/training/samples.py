@@ -1,4 +1,4 @@
-"""From labelled volumes to training samples: tiles as deployment cuts them, and prompts as a detector or a person gives them."""
+"""From labelled volumes to training samples: tiles as deployment cuts them, and prompts as a detector gives them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from dendsam_deploy.errors import VolumeError
-from dendsam_deploy.geometry import region_cells
+from dendsam_deploy.geometry import LOGIT_STRIDE_PX, region_cells
 from dendsam_deploy.training.augment import flip_and_turn, vary_intensity
 from dendsam_deploy.training.boxes import label_components
 from dendsam_deploy.volume.intensity import to_uint8
@@ -54,6 +54,10 @@ class TileObjects(NamedTuple):
     numbers: NDArray[np.int64]
     boxes_xyxy: NDArray[np.float32]
     areas_px: NDArray[np.int64]
+
+    def take(self, rows: NDArray[np.intp]) -> TileObjects:
+        """Return some of the objects, in the order of `rows`."""
+        return TileObjects(self.numbers[rows], self.boxes_xyxy[rows], self.areas_px[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +105,8 @@ class LabelledVolume:
     ) -> None:
         if image.info.shape_zyx != labels.info.shape_zyx:
             raise VolumeError(
-                f"{labels.info.source}: its shape {labels.info.shape_zyx} (z, y, x) differs from {image.info.shape_zyx} of "
-                f"{image.info.source}; give the labels of the same volume"
+                f"{labels.info.source}: its shape {labels.info.shape_zyx} (z, y, x) differs from "
+                f"{image.info.shape_zyx} of {image.info.source}; give the labels of the same volume"
             )
         self.slices = slices
         self._image, self._labels, self._background = image, labels, background
@@ -205,7 +209,8 @@ def boxes_by_region(boxes_xyxy: NDArray[np.float32], grid: int) -> list[tuple[in
     sizes = [*(size for size in REGION_SIZES if size < grid), grid]
     longest = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).max(1, initial=0)
     chosen = np.array(
-        [region_cells(box, REGION_MARGIN * side, sizes) for box, side in zip(boxes_xyxy, longest, strict=True)], np.int64
+        [region_cells(box, REGION_MARGIN * side, sizes) for box, side in zip(boxes_xyxy, longest, strict=True)],
+        np.int64,
     )
     return [(size, np.nonzero(chosen == size)[0]) for size in sizes if (chosen == size).any()]
 
@@ -227,8 +232,8 @@ def random_points(
     return points
 
 
-def coverage(objects: NDArray[np.int32], number: int, origin_yx: tuple[int, int], side: int, cell: int) -> NDArray[np.float32]:
-    """Return which part of each cell of a region an object covers.
+def coverage(objects: NDArray[np.int32], number: int, origin_yx: NDArray[np.int64], side: int) -> NDArray[np.float32]:
+    """Return which part of each mask cell of a region an object covers.
 
     Parameters
     ----------
@@ -236,41 +241,38 @@ def coverage(objects: NDArray[np.int32], number: int, origin_yx: tuple[int, int]
         Numbered objects.
     number : int
         The object.
-    origin_yx : (int, int)
-        First cell of the region.
+    origin_yx : ndarray, shape (2,), int64
+        First cell of the region in the S/4 grid.
     side : int
         Cells per side of the region.
-    cell : int
-        Side of a cell, tile px.
 
     Returns
     -------
     ndarray, shape (side, side), float32
     """
-    y, x = origin_yx[0] * cell, origin_yx[1] * cell
+    cell = LOGIT_STRIDE_PX
+    y, x = (int(first) * cell for first in origin_yx)
     window = objects[y : y + side * cell, x : x + side * cell] == number
     part: NDArray[np.float32] = window.reshape(side, cell, side, cell).mean((1, 3), dtype=np.float32)
     return part
 
 
-def dense_targets(
-    tile: Tile, cell: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Return borders (g, g), offsets to the object's centre (2, g, g) in tile px as (y, x), and where these hold (g, g)."""
+def dense_targets(tile: Tile, cell: int) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Return borders (g, g), offsets (y, x) to the object's centre (2, g, g), tile px, and where these hold (g, g)."""
     objects = tile.objects
     border = np.zeros(objects.shape, bool)
     border[:, 1:] |= objects[:, 1:] != objects[:, :-1]
     border[1:] |= objects[1:] != objects[:-1]
     grid = objects.shape[0] // cell
-    border_cells = border.reshape(grid, cell, grid, cell).any((1, 3))
+    border_cells: NDArray[np.float32] = border.reshape(grid, cell, grid, cell).max((1, 3)).astype(np.float32)
     centre_of = np.zeros((2, int(objects.max()) + 1), np.float32)
     for number, window in enumerate(ndimage.find_objects(objects), start=1):
         if window is not None:
             centre_of[:, number] = [(axis.start + axis.stop) / 2 for axis in window]
     sampled = objects[cell // 2 :: cell, cell // 2 :: cell]
     position = np.mgrid[0:grid, 0:grid].astype(np.float32) * cell + cell // 2 + 0.5
-    offset = (centre_of[:, sampled] - position).astype(np.float32)
-    return border_cells.astype(np.float32), offset, (sampled > 0).astype(np.float32)
+    offset: NDArray[np.float32] = (centre_of[:, sampled] - position).astype(np.float32)
+    return border_cells, offset, (sampled > 0).astype(np.float32)
 
 
 def _resampled(
