@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from dendsam_deploy.errors import StorageError as StorageError
     from dendsam_deploy.errors import UnsafeFileError as UnsafeFileError
     from dendsam_deploy.errors import VolumeError as VolumeError
+    from dendsam_deploy.evaluate.parity import VerifyOptions as VerifyOptions
+    from dendsam_deploy.evaluate.parity import verify_bundle as verify_bundle
     from dendsam_deploy.evaluate.scores import EvaluateOptions as EvaluateOptions
     from dendsam_deploy.evaluate.scores import ScoreReport as ScoreReport
     from dendsam_deploy.evaluate.scores import evaluate_labels as evaluate_labels
@@ -38,12 +40,19 @@ if TYPE_CHECKING:
     from dendsam_deploy.pipeline.run import SegmentResult as SegmentResult
     from dendsam_deploy.pipeline.run import segment_volume as segment_volume
     from dendsam_deploy.progress import Progress as Progress
+    from dendsam_deploy.report.run_folder import report_from_run as report_from_run
     from dendsam_deploy.runtimes.session import Session as Session
     from dendsam_deploy.runtimes.session import SessionOptions as SessionOptions
     from dendsam_deploy.runtimes.session import open_session as open_session
+    from dendsam_deploy.training.detector import DetectorTrainingOptions as DetectorTrainingOptions
+    from dendsam_deploy.training.detector import DetectorTrainingResult as DetectorTrainingResult
+    from dendsam_deploy.training.detector import finetune_detector as finetune_detector
+    from dendsam_deploy.training.detector_loop import DetectorSchedule as DetectorSchedule
+    from dendsam_deploy.training.finetune import FinetunedSam as FinetunedSam
     from dendsam_deploy.training.finetune import FinetuneSamOptions as FinetuneSamOptions
     from dendsam_deploy.training.finetune import finetune_sam as finetune_sam
     from dendsam_deploy.training.sam import SamTrainingOptions as SamTrainingOptions
+    from dendsam_deploy.volume.boxes import open_boxes as open_boxes
     from dendsam_deploy.volume.open import open_labels as open_labels
     from dendsam_deploy.volume.open import open_volume as open_volume
     from dendsam_deploy.volume.phantom import PhantomOptions as PhantomOptions
@@ -56,9 +65,13 @@ _HOMES = {
     "BundleError": "errors",
     "CheckpointError": "errors",
     "DendsamError": "errors",
+    "DetectorSchedule": "training.detector_loop",
+    "DetectorTrainingOptions": "training.detector",
+    "DetectorTrainingResult": "training.detector",
     "EvaluateOptions": "evaluate.scores",
     "ExportOptions": "export.bundle",
     "FinetuneSamOptions": "training.finetune",
+    "FinetunedSam": "training.finetune",
     "IncompleteRunError": "errors",
     "InputFileError": "errors",
     "InvalidArgumentError": "errors",
@@ -75,15 +88,20 @@ _HOMES = {
     "SessionOptions": "runtimes.session",
     "StorageError": "errors",
     "UnsafeFileError": "errors",
+    "VerifyOptions": "evaluate.parity",
     "VolumeError": "errors",
     "evaluate_labels": "evaluate.scores",
     "export_bundle": "export.bundle",
+    "finetune_detector": "training.detector",
     "finetune_sam": "training.finetune",
     "make_phantom": "volume.phantom",
+    "open_boxes": "volume.boxes",
     "open_labels": "volume.open",
     "open_session": "runtimes.session",
     "open_volume": "volume.open",
+    "report_from_run": "report.run_folder",
     "segment_volume": "pipeline.run",
+    "verify_bundle": "evaluate.parity",
 }
 """Where each public name lives; the imports above say the same to type checkers."""
 

@@ -62,9 +62,9 @@ def finetune_detector(context: click.Context, volume: Path, labels: Path, out: P
         result = detector.finetune_detector(volume, labels, options, progress)
     for warning in result.warnings:
         console.note(warning)
-    first, stop = result.held_out_slices
+    (first, stop), scores = result.held_out_slices, result.scores
     text = (
         f"{result.out}: {result.architecture}, {result.epochs} epochs; on held-out slices {first}:{stop} "
-        f"precision {result.precision:.3f}, recall {result.recall:.3f} at IoU .5, mAP50 {result.map50:.3f}"
+        f"precision {scores.precision:.3f}, recall {scores.recall:.3f} at IoU .5, mAP50 {scores.map50:.3f}"
     )
     console.result(text, result.to_document(), json_file)

@@ -91,9 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     console.set_verbosity(0)
     signal.signal(signal.SIGTERM, _stop)
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        code = program.main(arguments, prog_name="dendsam-deploy", standalone_mode=False, obj=console)
+        # Not `program.main`, which has its own ideas of exit codes for an interruption and a closed pipe.
+        with program.make_context("dendsam-deploy", words, obj=console) as context:
+            program.invoke(context)
         sys.stdout.flush()
+    except click.exceptions.Exit as error:
+        return error.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.message, file=sys.stderr)
         return error.exit_code
@@ -101,12 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the result has gone. Python flushes stdout once more at exit, which must find something open.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _INTERRUPTED
-    except (DendsamError, click.ClickException, click.Abort, KeyboardInterrupt, MemoryError) as error:
+    except (DendsamError, click.ClickException, KeyboardInterrupt, MemoryError) as error:
         if console.verbosity > 1:
             traceback.print_exception(error)
         message, code = explain(error)
         print(f"dendsam-deploy: error: {' '.join(message.split())}", file=sys.stderr)
-    return code if isinstance(code, int) else 0
+        return code
+    return 0
 
 
 def explain(error: BaseException) -> tuple[str, int]:

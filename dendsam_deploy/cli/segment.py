@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -35,7 +37,7 @@ FORMATS = click.Choice(["tif", "ome-zarr"])
 @bundle_option
 @SETTINGS.option("-o, --out", "out", PATH, "Folder of the result.  [default: VOLUME.dendsam]")
 @SETTINGS.option("--slices", "slices", SLICES, "Segment only these slices.")
-@click.option("--boxes", type=PATH, help="Boxes in place of the detector's: YOLO txt files of a folder, or a CSV.")
+@click.option("--boxes", type=PATH, help="Boxes in place of the detector's: folder of YOLO txt files, CSV, or labels.")
 @SETTINGS.option("--score", "detection_score", float, "Least detection score.  [default: the bundle's]")
 @SETTINGS.option("--nms", "nms_iou", float, "Largest IoU of two boxes of a slice.  [default: the bundle's]")
 @SETTINGS.option("--min-area", "min_area_px", float, "Least area in a slice, px.  [default: the bundle's]")
@@ -59,15 +61,20 @@ def segment(
     from dendsam_deploy.pipeline.run import SegmentOptions, segment_volume
     from dendsam_deploy.report.run_folder import report_from_run
     from dendsam_deploy.runtimes.session import SessionOptions, open_session
+    from dendsam_deploy.volume.boxes import open_boxes
     from dendsam_deploy.volume.open import open_volume
 
     console: Console = context.obj
     opened = Bundle.open(bundle or find_bundle())
     options = SegmentOptions(**SETTINGS.given(context))
-    with open_session(opened, SessionOptions(**RUNTIME.given(context))) as session, console.progress() as progress:
+    with ExitStack() as stack:
+        raw = stack.enter_context(open_volume(volume, options.voxel_size_nm))
+        if boxes is not None:
+            options = replace(options, boxes=stack.enter_context(open_boxes(boxes, raw.info.shape_zyx)))
+        session = stack.enter_context(open_session(opened, SessionOptions(**RUNTIME.given(context))))
         console.note(session.description)
-        result = segment_volume(volume, session, options, progress)
-    with open_volume(volume, options.voxel_size_nm) as raw:
+        with console.progress() as progress:
+            result = segment_volume(volume, session, options, progress)
         report_from_run(result.out, raw)
     for notice in result.notices:
         console.note(notice)
