@@ -108,20 +108,14 @@ def compare_logits(
 ) -> Iterator[Finding]:
     """Compare the decoder, fed the reference's embeddings, for several numbers of boxes and every region (level 2)."""
     cells = expected.embeddings.shape[-1]
-    for count in box_counts:
-        outputs = _decode(session.decoder, expected.embeddings, _first(inputs, count), cells)
-        yield from _compare_decoded(outputs, expected, cells, f"boxes={count}")
-        origins = region_origins(inputs.boxes[:count], cells, cells)
-        yield Finding(
-            2, "decoder", "origins_differing", _count((outputs["origin"] != origins).any(axis=1)), f"boxes={count}"
-        )
-    for region in session.manifest.decoding.region_sizes[:-1]:
-        outputs = _decode(session.decoder, expected.embeddings, inputs, region)
-        yield from _compare_decoded(outputs, expected, region, f"region={region}")
-        origins = region_origins(inputs.boxes, region, cells)
-        yield Finding(
-            2, "decoder", "origins_differing", _count((outputs["origin"] != origins).any(axis=1)), f"region={region}"
-        )
+    calls = [(count, cells, f"boxes={count}") for count in box_counts]
+    calls += [(len(inputs.boxes), region, f"region={region}") for region in session.manifest.decoding.region_sizes[:-1]]
+    for count, region, detail in calls:
+        some = _first(inputs, count)
+        outputs = _decode(session.decoder, expected.embeddings, some, region)
+        yield from _compare_decoded(outputs, expected, region, detail)
+        differing = (outputs["origin"] != region_origins(some.boxes, region, cells)).any(axis=1)
+        yield Finding(2, "decoder", "origins_differing", _count(differing), detail)
     empty = _decode(session.decoder, expected.embeddings, _first(inputs, 0), cells)
     shapes = {"logits": (0, 4 * cells, 4 * cells), "origin": (0, 2), "iou": (0,)}
     wrong = sum(empty[name].shape != shape for name, shape in shapes.items())

@@ -240,7 +240,8 @@ def _pass(gate: Gate, folder: Path, out: Path) -> None:
     report = gate(folder)
     if not report.passed:
         worst = "; ".join(
-            f"{row.graph} {row.metric} {row.value:.3g} (limit {row.limit:g})" for row in report.failures[:3]
+            f"{row.graph} {row.metric} {row.value:.3g} (limit {'none' if row.limit is None else f'{row.limit:g}'})"
+            for row in report.failures[:3]
         )
         raise ParityError(
             f"{out}: the graphs differ from their weights in {len(report.failures)} of {len(report.rows)} checks: "

@@ -73,30 +73,13 @@ def onnx_from_torch(module: nn.Module, export: GraphExport, path: Path) -> Graph
     Raises
     ------
     BundleError
-        Where the result breaks the contract.
+        Where the module cannot be exported, or the result breaks the contract.
     StorageError
         Where the file system refuses.
     """
-    inputs = graph_inputs(export.role, export.tile_size_px)
-    outputs = graph_outputs(export.role, export.tile_size_px)
-    free = torch.export.Dim.DYNAMIC
-    shapes = tuple({axis: free for axis, n in enumerate(spec.shape) if isinstance(n, str)} for spec in inputs)
-    with torch.no_grad():
-        program = torch.export.export(module.eval(), _example_inputs(export), dynamic_shapes=shapes)
-    exported = torch.onnx.export(
-        program,
-        (),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=[spec.name for spec in inputs],
-        output_names=[spec.name for spec in outputs],
-        verbose=False,
-    )
-    if exported is None:  # torch returns nothing only when it writes the file itself
-        raise AssertionError
-    model = exported.model
+    model = _model_from_torch(module.eval(), export)
     model.ir_version = IR_VERSION
-    _keep_the_contract_only(model, inputs + outputs)
+    _keep_the_contract_only(model, export)
     weights = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
     )
@@ -160,6 +143,34 @@ def check_graph(path: Path, export: GraphExport) -> int:
     return next(int(entry.version) for entry in model.opset_import if entry.domain in {"", "ai.onnx"})
 
 
+def _model_from_torch(module: nn.Module, export: GraphExport) -> onnx_ir.Model:
+    """Trace a module and translate it."""
+    inputs = graph_inputs(export.role, export.tile_size_px)
+    free = torch.export.Dim.DYNAMIC
+    shapes = tuple({axis: free for axis, n in enumerate(spec.shape) if isinstance(n, str)} for spec in inputs)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module, _example_inputs(export), dynamic_shapes=shapes)
+        exported = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in inputs],
+            output_names=[spec.name for spec in graph_outputs(export.role, export.tile_size_px)],
+            verbose=False,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise BundleError(
+            f"the {export.role} ({type(module).__name__}) cannot be written as ONNX: {reason}; "
+            "use another architecture or another version of torch"
+        ) from error
+    if exported is None:  # torch returns nothing only when it writes the file itself
+        raise AssertionError
+    return exported.model
+
+
 def _example_inputs(export: GraphExport) -> tuple[Tensor, ...]:
     """Return inputs for tracing; free axes get lengths above 1, because torch takes 0 and 1 for constants."""
     lengths = {"tiles": 2, "boxes": 3}
@@ -172,12 +183,13 @@ def _example_inputs(export: GraphExport) -> tuple[Tensor, ...]:
     return tuple(inputs)
 
 
-def _keep_the_contract_only(model: onnx_ir.Model, tensors: tuple[TensorSpec, ...]) -> None:
+def _keep_the_contract_only(model: onnx_ir.Model, export: GraphExport) -> None:
     """Name the free axes as the contract does, and drop the exporter's notes.
 
     The notes hold source lines and paths of the machine that exported; they double the size of a graph, and the digest
     of a bundle would depend on where the package is installed.
     """
+    tensors = graph_inputs(export.role, export.tile_size_px) + graph_outputs(export.role, export.tile_size_px)
     specs = {spec.name: spec for spec in tensors}
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

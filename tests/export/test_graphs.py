@@ -21,6 +21,7 @@ from dendsam_deploy.models.image_encoder import ImageEncoderGraph  # noqa: E402
 from dendsam_deploy.models.reference import decode_boxes, encode_tiles  # noqa: E402
 from dendsam_deploy.models.sam import build_sam  # noqa: E402
 from dendsam_deploy.models.weights import load_sam  # noqa: E402
+from dendsam_deploy.weights import PACKAGED_SAM  # noqa: E402
 
 SIZE = 128
 
@@ -130,31 +131,42 @@ def test_the_files_keep_the_contract(exported, role):
     assert b"site-packages" not in path.read_bytes()
 
 
-@pytest.mark.slow
-def test_vit_b_equals_segment_anything(tmp_path: Path):
-    torch.manual_seed(2)
-    sam = build_sam("vit_b")
+def assert_equals_segment_anything(sam, folder: Path, calls: list[tuple[int, int]]) -> None:
+    """Export a SAM and compare it with itself on one padded tile, for several pairs (boxes, region)."""
     rng = np.random.default_rng(2)
-    sizes = np.array([(1024, 900)])
-    tiles = random_tiles(rng, sizes, 1024)
-    onnx_from_torch(ImageEncoderGraph(sam), GraphExport("encoder", 1024), tmp_path / "encoder.onnx")
-    (embeddings,) = run(open_graph(tmp_path / "encoder.onnx"), tiles=tiles, sizes=sizes)
+    side = sam.image_encoder.img_size
+    sizes = np.array([(side, side * 7 // 8)])
+    tiles = random_tiles(rng, sizes, side)
+    onnx_from_torch(ImageEncoderGraph(sam), GraphExport("encoder", side), folder / "encoder.onnx")
+    (embeddings,) = run(open_graph(folder / "encoder.onnx"), tiles=tiles, sizes=sizes)
     expected = encode_tiles(sam, torch.from_numpy(tiles), torch.from_numpy(sizes)).numpy()
     assert np.abs(embeddings - expected).max() <= 1e-4 * np.abs(expected).max()
 
-    onnx_from_torch(BoxDecoderGraph(sam), GraphExport("decoder", 1024), tmp_path / "decoder.onnx")
-    decoder = open_graph(tmp_path / "decoder.onnx")
-    for count, region in ((1, 64), (3, 64), (17, 16), (64, 8)):
-        inputs = {
-            "embeddings": expected,
-            "boxes": random_boxes(rng, count, 1024),
-            "tile_index": np.zeros(count, np.int64),
-        }
+    onnx_from_torch(BoxDecoderGraph(sam), GraphExport("decoder", side), folder / "decoder.onnx")
+    decoder = open_graph(folder / "decoder.onnx")
+    for count, region in calls:
+        boxes, tile_index = random_boxes(rng, count, side), np.zeros(count, np.int64)
+        inputs = {"embeddings": expected, "boxes": boxes, "tile_index": tile_index}
         logits, origin, iou = run(decoder, **inputs, region=np.array([region]))
         whole, whole_iou = (t.numpy() for t in decode_boxes(sam, *(torch.from_numpy(a) for a in inputs.values())))
         cut = np.stack([whole[i, y : y + 4 * region, x : x + 4 * region] for i, (y, x) in enumerate(origin)])
         assert np.abs(logits - cut).max() <= 1e-3 * whole.std()
         assert np.abs(iou - whole_iou).max() <= 1e-4
+
+
+@pytest.mark.slow
+def test_vit_b_equals_segment_anything(tmp_path: Path):
+    torch.manual_seed(2)
+    assert_equals_segment_anything(build_sam("vit_b"), tmp_path, [(1, 64), (3, 64), (17, 16), (64, 8)])
+
+
+@pytest.mark.slow
+def test_trained_weights_equal_segment_anything(tmp_path: Path):
+    if not PACKAGED_SAM.is_file():
+        pytest.skip("the demonstration weights are not in this checkout")
+    sam = load_sam(PACKAGED_SAM).sam
+    cells = sam.image_encoder.img_size // 16
+    assert_equals_segment_anything(sam, tmp_path, [(1, cells), (3, cells), (17, 8), (64, 8)])
 
 
 class ToyEncoder(nn.Module):
@@ -193,6 +205,18 @@ def test_the_same_weights_give_the_same_bytes(tmp_path: Path):
 def test_a_refused_write_is_one_clear_line(tmp_path: Path):
     with pytest.raises(StorageError, match="cannot be written"):
         onnx_from_torch(ToyEncoder(), TOY, tmp_path / "absent" / "graph.onnx")
+
+
+class Undecided(ToyEncoder):
+    """Its operations depend on the values of its input, which a graph cannot express."""
+
+    def forward(self, tiles, sizes):
+        return super().forward(tiles, sizes) if tiles.float().mean() > 3 else self.weight
+
+
+def test_a_module_that_is_no_graph_is_named(tmp_path: Path):
+    with pytest.raises(BundleError, match=r"the encoder \(Undecided\) cannot be written as ONNX"):
+        onnx_from_torch(Undecided(), TOY, tmp_path / "graph.onnx")
 
 
 def test_a_batch_that_is_baked_in_is_refused(tmp_path: Path):
