@@ -74,7 +74,7 @@ class PaintOptions:
     evidence_weight: float = 1.0
     specificity_weight: float = 0.75
     same_mask_iou: float = 0.8
-    least_kept_fraction: float = 0.25
+    least_kept_fraction: float = 0.4
     least_island_fraction: float = 0.2
 
 
@@ -267,18 +267,19 @@ def fill_holes(view: NDArray[np.uint32], label: int, below_px: float) -> None:
         Size from which a hole stays.
     """
     empty, count = ndimage.label(view == 0)
-    if count < 2:
-        return
-    small = np.bincount(empty.ravel()) < below_px
-    height, width = view.shape
-    for number, (rows, columns) in enumerate(ndimage.find_objects(empty), start=1):
-        is_open = rows.start == 0 or columns.start == 0 or rows.stop == height or columns.stop == width
-        if is_open or not small[number]:
-            continue
-        around = slice(rows.start - 1, rows.stop + 1), slice(columns.start - 1, columns.stop + 1)
-        hole = empty[around] == number
-        if (view[around][ndimage.binary_dilation(hole) & ~hole] == label).all():
-            view[around][hole] = label
+    fillable = np.bincount(empty.ravel(), minlength=count + 1) < below_px
+    fillable[0] = False
+    for border in (empty[0], empty[-1], empty[:, 0], empty[:, -1]):
+        fillable[border] = False
+    is_other = (view != 0) & (view != label)
+    for hole, beside in (
+        (empty[:-1], is_other[1:]),
+        (empty[1:], is_other[:-1]),
+        (empty[:, :-1], is_other[:, 1:]),
+        (empty[:, 1:], is_other[:, :-1]),
+    ):
+        fillable[hole[beside]] = False
+    view[fillable[empty]] = label
 
 
 def _instances(labels: NDArray[np.uint32], survivors: Candidates) -> Instances:

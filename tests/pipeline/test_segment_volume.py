@@ -473,3 +473,17 @@ def test_memory_does_not_grow_with_the_number_of_slices(tmp_path: Path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < 1.1 * peaks[1]
+
+
+def test_segmenting_loads_nothing_that_trains_or_exports(volume: Path):
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from synthetic_session import make_session
+from dendsam_deploy.pipeline.run import SegmentOptions, segment_volume
+segment_volume(Path({str(volume)!r}), make_session(), SegmentOptions())
+print([name for name in ("torch", "torchvision", "onnx", "ultralytics", "segment_anything") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
