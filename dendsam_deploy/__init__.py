@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from dendsam_deploy.evaluate.scores import evaluate_labels as evaluate_labels
     from dendsam_deploy.export.bundle import ExportOptions as ExportOptions
     from dendsam_deploy.export.bundle import export_bundle as export_bundle
-    from dendsam_deploy.pipeline.run import SegmentOptions as SegmentOptions
-    from dendsam_deploy.pipeline.run import SegmentResult as SegmentResult
+    from dendsam_deploy.pipeline.job import SegmentOptions as SegmentOptions
+    from dendsam_deploy.pipeline.record import SegmentResult as SegmentResult
     from dendsam_deploy.pipeline.run import segment_volume as segment_volume
     from dendsam_deploy.progress import Progress as Progress
     from dendsam_deploy.report.run_folder import report_from_run as report_from_run
@@ -82,8 +82,8 @@ _HOMES = {
     "Progress": "progress",
     "SamTrainingOptions": "training.sam",
     "ScoreReport": "evaluate.scores",
-    "SegmentOptions": "pipeline.run",
-    "SegmentResult": "pipeline.run",
+    "SegmentOptions": "pipeline.job",
+    "SegmentResult": "pipeline.record",
     "Session": "runtimes.session",
     "SessionOptions": "runtimes.session",
     "StorageError": "errors",

@@ -40,7 +40,8 @@ def demo(context: click.Context, out: Path | None, json_file: str | None) -> Non
     from dendsam_deploy.bundle.bundle import Bundle
     from dendsam_deploy.evaluate.parity import verify_bundle
     from dendsam_deploy.evaluate.scores import evaluate_labels
-    from dendsam_deploy.pipeline.run import SegmentOptions, segment_volume
+    from dendsam_deploy.pipeline.job import SegmentOptions
+    from dendsam_deploy.pipeline.run import segment_volume
     from dendsam_deploy.report.run_folder import report_from_run
     from dendsam_deploy.runtimes.session import SessionOptions, open_session
     from dendsam_deploy.volume.open import open_volume

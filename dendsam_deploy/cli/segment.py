@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dendsam_deploy.cli.console import Console
-    from dendsam_deploy.pipeline.run import SegmentResult
+    from dendsam_deploy.pipeline.record import SegmentResult
 
-SETTINGS = Settings("dendsam_deploy.pipeline.run:SegmentOptions")
+SETTINGS = Settings("dendsam_deploy.pipeline.job:SegmentOptions")
 
 LINKERS = click.Choice(["overlap-graph", "iou-greedy"])
 FORMATS = click.Choice(["tif", "ome-zarr"])
@@ -58,7 +58,8 @@ def segment(
     on where it stopped.
     """
     from dendsam_deploy.bundle.bundle import Bundle, find_bundle
-    from dendsam_deploy.pipeline.run import SegmentOptions, segment_volume
+    from dendsam_deploy.pipeline.job import SegmentOptions
+    from dendsam_deploy.pipeline.run import segment_volume
     from dendsam_deploy.report.run_folder import report_from_run
     from dendsam_deploy.runtimes.session import SessionOptions, open_session
     from dendsam_deploy.volume.boxes import open_boxes

@@ -1,0 +1,64 @@
+"""``evaluate``: the numbers of the library, as a table and as JSON, and its exit code."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tifffile
+
+OBJECT_KEYS = {"oce", "e_gs", "e_sg", "pq", "sq", "dq", "s_inst", "msa", "sa50", "sa75", "dice"}
+PARTITION_KEYS = {"vi_split", "vi_merge", "arand_error", "arand_precision", "arand_recall"}
+
+
+@pytest.fixture
+def half(discs, tmp_path):
+    """The labels of `discs` without the third object."""
+    stack = tifffile.imread(discs / "labels.tif")
+    stack[stack == 3] = 0
+    tifffile.imwrite(tmp_path / "half.tif", stack, photometric="minisblack")
+    return tmp_path / "half.tif"
+
+
+def test_json_has_the_keys_of_the_contract(run, discs, half) -> None:
+    document = run("evaluate", half, discs / "labels.tif", "--json", "-").document
+    assert document["volume"].keys() >= OBJECT_KEYS | PARTITION_KEYS
+    assert document["slices"].keys() >= OBJECT_KEYS
+    assert [row["z"] for row in document["per_slice"]] == [0, 1, 2, 3]
+    assert all(row.keys() >= OBJECT_KEYS for row in document["per_slice"])
+    assert document["volume"]["dq"] == pytest.approx(2 / 2.5)  # two of three found
+
+
+def test_table_shows_the_same_numbers(run, discs, half) -> None:
+    outcome = run("evaluate", half, discs / "labels.tif")
+    rows = {line.split()[0]: line.split()[1:] for line in outcome.out.splitlines()}
+    assert outcome.err == ""
+    assert rows["dq"] == ["0.8000", "0.8000"]
+    assert rows["sq"] == ["1.0000", "1.0000"]
+    assert rows["2"] == ["segments,", "3", "objects", "in", "the", "truth,", "4", "slices", "scored"]
+
+
+def test_bounds_decide_the_exit_code(run, discs, half, tmp_path) -> None:
+    words = ["evaluate", half, discs / "labels.tif", "--json", tmp_path / "scores.json"]
+    assert run(*words, "--min", "dq=0.8", "--min", "slices.pq=0.79", "--max", "e_sg=0").code == 0
+    outcome = run(*words, "--min", "volume.dq=0.81", "--max", "slices.e_gs=0.1")
+    assert outcome.code == 1
+    assert outcome.message.startswith("volume.dq is 0.8000, expected at least 0.81; slices.e_gs is ")
+    assert "dq" in outcome.out, "the scores are given all the same"
+    assert json.loads((tmp_path / "scores.json").read_text())["volume"]["dq"] == pytest.approx(0.8)
+
+
+def test_options_reach_the_library(run, discs, half) -> None:
+    def scores(*words: object):
+        return run("evaluate", half, discs / "labels.tif", "--json", "-", *words).document
+
+    assert scores("--ignore-label", 3)["volume"]["dq"] == 1
+    assert [row["z"] for row in scores("--slices", "1:3")["per_slice"]] == [1, 2]
+    assert scores("--as-2d")["volume"]["truth_objects"] == 12
+    assert run("evaluate", discs / "labels.tif", half, "--sparse-truth", "--json", "-").document["volume"]["dq"] == 1
+
+
+def test_slices_outside_the_volume_are_wrong_usage(run, discs, half) -> None:
+    outcome = run("evaluate", half, discs / "labels.tif", "--slices", "2:9")
+    assert outcome.code == 2
+    assert "ends at slice 3" in outcome.message
