@@ -156,7 +156,7 @@ class BoxDecoderGraph(nn.Module):
         fine: Tensor = activation(_subcells(hidden, second.weight, second.bias))
         # (n, r, r, 4, 4, c) . (n, c): the two axes of 4 are the (y, x) pairs of the first and of the second upscaling.
         count, side = cells.shape[0], cells.shape[1]
-        logits = fine.reshape(count, -1, fine.shape[-1]) @ kernel[:, :, None]
+        logits = fine.flatten(1, 4) @ kernel[:, :, None]
         logits = logits.reshape(count, side, side, 2, 2, 2, 2)
         return logits.permute(0, 1, 3, 5, 2, 4, 6).reshape(count, side * CELLS_PER_TOKEN, side * CELLS_PER_TOKEN)
 
@@ -204,7 +204,7 @@ class BoxDecoderGraph(nn.Module):
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """Split ``(n, t, h * d)`` into heads ``(n, h, t, d)``."""
-    return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+    return torch.unflatten(x, 2, (heads, -1)).transpose(1, 2)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
