@@ -239,7 +239,7 @@ def differences(old: Settings, new: Settings, where: str = "") -> list[str]:
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, f"{where}{key}.")
-        elif before != after:
+        elif json.dumps(before) != json.dumps(after):  # a journal has lists where settings have tuples
             found.append(f"{where}{key}: {_short(before)} -> {_short(after)}")
     return found
 
