@@ -61,4 +61,4 @@ def test_options_reach_the_library(run, discs, half) -> None:
 def test_slices_outside_the_volume_are_wrong_usage(run, discs, half) -> None:
     outcome = run("evaluate", half, discs / "labels.tif", "--slices", "2:9")
     assert outcome.code == 2
-    assert "ends at slice 3" in outcome.message
+    assert "shows slices 0 to 3" in outcome.message
