@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dendsam_deploy.training.sam import TrainingSource
+from dendsam_deploy.training.batches import TrainingSource
 from dendsam_deploy.training.samples import LabelledVolume, TileRecipe
 from dendsam_deploy.volume.array import ArrayVolume
 from dendsam_deploy.volume.open import open_labels, open_volume

@@ -29,7 +29,6 @@ from dendsam_deploy.training.detector_loop import (
     DetectorSchedule,
     HeldOutScores,
     LoopPlan,
-    check_device,
     train_detector,
 )
 from dendsam_deploy.training.detector_tiles import (
@@ -39,6 +38,7 @@ from dendsam_deploy.training.detector_tiles import (
     training_tiles,
     write_tiles,
 )
+from dendsam_deploy.training.device import check_device
 from dendsam_deploy.training.resume_folder import ResumeFolder
 from dendsam_deploy.training.samples import LabelledVolume, TileRecipe
 from dendsam_deploy.volume.open import open_labels, open_volume

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.models.box_decoder import BoxDecoderGraph
     from dendsam_deploy.models.image_encoder import ImageEncoderGraph
-    from dendsam_deploy.training.sam import TrainingState
-
-CheckpointCallback = Callable[["TrainingState"], None]
 
 BOXES_AT_ONCE = 16
 

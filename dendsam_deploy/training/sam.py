@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,21 +25,10 @@ from dendsam_deploy.models.image_encoder import ImageEncoderGraph
 from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 from dendsam_deploy.training import judge
 from dendsam_deploy.training.averages import MovingAverage
+from dendsam_deploy.training.batches import Batch, TrainingSource, draw_batch
+from dendsam_deploy.training.device import check_device
 from dendsam_deploy.training.losses import DenseHints, MaskLosses, best_alternative, mask_losses
-from dendsam_deploy.training.samples import (
-    MIN_OBJECT_PX,
-    LabelledVolume,
-    Tile,
-    TileObjects,
-    TileRecipe,
-    boxes_by_region,
-    coverage,
-    dense_targets,
-    jittered_boxes,
-    random_points,
-    random_tile,
-    tile_objects,
-)
+from dendsam_deploy.training.samples import Tile, boxes_by_region, dense_targets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +46,7 @@ class SamTrainingOptions:
     minutes : float or None
         Time to train, without the last judgement.
     steps : int or None
-        Number of optimiser steps. With `minutes` None the result depends on the seed alone.
+        Number of optimiser steps. With `minutes` None the result depends on the seed alone, not on the machine's speed.
     tiles_per_step, objects_per_tile : int
         Batch: tiles encoded, and objects prompted on each.
     learning_rate : float or None
@@ -68,7 +58,9 @@ class SamTrainingOptions:
     point_fraction : float
         Part of the steps that prompt with one point instead of a box.
     judge_minutes : float
-        Time between judgements on the held-out slices.
+        Time between judgements on the held-out slices, where there are `minutes`.
+    judge_steps : int or None
+        Steps between judgements, where there are no `minutes`. None: a tenth of `steps`.
     judge_slices : int
         Most held-out slices used by a judgement, evenly spaced.
     seed : int
@@ -86,6 +78,7 @@ class SamTrainingOptions:
     exact_fraction: float = 0.3
     point_fraction: float = 0.1
     judge_minutes: float = 3.0
+    judge_steps: int | None = None
     judge_slices: int = 6
     seed: int = 0
     device: str = "cpu"
@@ -93,18 +86,16 @@ class SamTrainingOptions:
     def __post_init__(self) -> None:
         if self.minutes is None and self.steps is None:
             raise InvalidArgumentError("training needs an end: give minutes, steps or both")
-        if self.tiles_per_step < 1 or self.objects_per_tile < 1:
-            raise InvalidArgumentError("a training step needs at least one tile and one object")
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingSource:
-    """One labelled volume to learn from: the slices to train on, those to judge by, and how tiles are cut."""
-
-    train: LabelledVolume
-    held_out: LabelledVolume
-    recipe: TileRecipe
-    weight: float = 1.0
+        lengths = ("minutes", "steps", "tiles_per_step", "objects_per_tile", "judge_steps", "judge_slices")
+        for name in (*lengths, "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InvalidArgumentError(f"{name} of a training is {value}, expected more than 0")
+        for name in ("exact_fraction", "point_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InvalidArgumentError(f"{name} of a training is {getattr(self, name)}, expected 0 to 1")
+        if not 0 <= self.box_jitter[0] <= self.box_jitter[1] < 0.5:
+            raise InvalidArgumentError(f"the box jitter is {self.box_jitter}, expected two ascending numbers below 0.5")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +111,10 @@ class TrainedSam:
 
 
 class TrainingState(NamedTuple):
-    """Everything that an interrupted run needs to go on exactly where it was; plain values and tensors only."""
+    """Everything that an interrupted run needs to go on exactly where it was; plain values and tensors only.
+
+    The tensors are those of the run itself: who keeps a state beyond the callback copies it.
+    """
 
     step: int
     elapsed_s: float
@@ -132,32 +126,7 @@ class TrainingState(NamedTuple):
     history: list[tuple[int, float, float]]
 
 
-class Batch(NamedTuple):
-    """What one step learns from: tiles, and n prompted objects in the order of their tiles.
-
-    `images` (b, S, S) uint8 and `sizes` (b, 2) are the encoder's inputs, `hints` the dense targets. Of the objects,
-    `numbers` (n,) are their numbers on the tile `tile_index` (n,), `boxes_xyxy` (n, 4) their tight boxes and
-    `prompts` boxes (n, 4) or points (n, 2), all in tile px.
-    """
-
-    images: Tensor
-    sizes: Tensor
-    hints: tuple[Tensor, Tensor, Tensor] | None
-    tiles: tuple[Tile, ...]
-    numbers: NDArray[np.int64]
-    tile_index: NDArray[np.int64]
-    boxes_xyxy: NDArray[np.float32]
-    prompts: Tensor
-    use_points: bool
-
-    def coverage(self, rows: NDArray[np.intp], origins_yx: NDArray[np.int64], side: int) -> NDArray[np.float32]:
-        """Return which part of each cell of its region each object covers, ``(n, side, side)``, in S/4 cells."""
-        return np.stack(
-            [
-                coverage(self.tiles[self.tile_index[row]].objects, int(self.numbers[row]), origin, side)
-                for row, origin in zip(rows, origins_yx, strict=True)
-            ]
-        )
+CheckpointCallback = Callable[[TrainingState], None]
 
 
 class SamTrainer:
@@ -178,6 +147,7 @@ class SamTrainer:
     def __init__(
         self, sam: Sam, sources: Sequence[TrainingSource], options: SamTrainingOptions, *, with_hints: bool
     ) -> None:
+        check_device(options.device)
         self.options, self.sources = options, tuple(sources)
         self.device = torch.device(options.device)
         self.sam = sam.to(self.device)
@@ -188,13 +158,12 @@ class SamTrainer:
         self.optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
         self.peak_rate = rate
         self.average = MovingAverage(self.sam)
-        self.weights = np.array([source.weight for source in sources]) / sum(source.weight for source in sources)
 
     def run(
         self,
         progress: ProgressCallback = no_progress,
         resume: TrainingState | None = None,
-        checkpoint: judge.CheckpointCallback | None = None,
+        checkpoint: CheckpointCallback | None = None,
     ) -> TrainedSam:
         """Train to the end of the schedule and return the weights that did best on the held-out slices.
 
@@ -223,19 +192,21 @@ class SamTrainer:
             loss_mean = loss if math.isnan(loss_mean) else 0.98 * loss_mean + 0.02 * loss
             iou_mean = iou if math.isnan(iou_mean) else 0.98 * iou_mean + 0.02 * iou
             elapsed = elapsed_before + time.monotonic() - started
-            left = elapsed / 60 * (1 - done) / max(done, 1e-6)
+            done = self._fraction_done(step, elapsed)
+            left = elapsed / 60 * (1 - min(done, 1)) / done
             held_out = max(entry.held_out_iou for entry in history)
             note = (
                 f"step {step}, loss {loss_mean:.3f}, IoU {iou_mean:.3f}, held-out {held_out:.3f}, {left:.1f} min left"
             )
-            progress(Progress("train", done, 1.0, note))
-            if time.monotonic() - last_judged > options.judge_minutes * 60:
+            progress(Progress("train", min(done, 1), 1.0, note))
+            if self._judgement_is_due(step, time.monotonic() - last_judged):
                 best = self._judged(step, elapsed, options.judge_slices, history, best)
                 if checkpoint is not None:
                     checkpoint(self._snapshot(step, elapsed, history, best))
                 last_judged = time.monotonic()
         elapsed = elapsed_before + time.monotonic() - started
-        best = self._judged(step, elapsed, options.judge_slices, history, best)
+        if history[-1].step < step:
+            best = self._judged(step, elapsed, options.judge_slices, history, best)
         winner = max(history, key=lambda entry: entry.held_out_iou)
         return TrainedSam(best, winner.held_out_iou, history[0].held_out_iou, step, elapsed, tuple(history))
 
@@ -266,20 +237,28 @@ class SamTrainer:
         by_time = elapsed_s / (60 * self.options.minutes) if self.options.minutes else 0.0
         return max(by_step, by_time)
 
+    def _judgement_is_due(self, step: int, since_s: float) -> bool:
+        options = self.options
+        if options.minutes is None and options.steps is not None:
+            return step % (options.judge_steps or math.ceil(options.steps / 10)) == 0
+        return since_s > 60 * options.judge_minutes
+
     def _step(self, step: int, done: float) -> tuple[float, float]:
         """Take one optimiser step; return its loss and the mean IoU of its masks."""
         warm = min(1.0, (step + 1) / 100)
         for group in self.optimiser.param_groups:
             group["lr"] = self.peak_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        batch = self._draw_batch(np.random.default_rng([self.options.seed, step]))
+        batch = draw_batch(self.sources, self.options, np.random.default_rng([self.options.seed, step]))
+        images = self._tensor(np.stack([tile.image for tile in batch.tiles]))
+        sizes = torch.tensor([tile.size_hw for tile in batch.tiles], device=self.device)
         self.sam.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            embeddings = self.encoder(batch.images, batch.sizes)
+            embeddings = self.encoder(images, sizes)
         embeddings = embeddings.float()
         losses = self._mask_losses(embeddings, batch)
         loss = (losses.dice + 2 * losses.cross_entropy + losses.iou_error).mean()
-        if self.hints is not None and batch.hints is not None:
-            loss = loss + 0.5 * self.hints(embeddings, *batch.hints)
+        if self.hints is not None:
+            loss = loss + 0.5 * self.hints(embeddings, *self._dense_targets(batch.tiles))
         self.optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.sam.parameters(), 1.0)
@@ -287,41 +266,7 @@ class SamTrainer:
         self.average.update(self.sam)
         return float(loss.detach()), float(losses.iou.mean())
 
-    def _draw_batch(self, rng: np.random.Generator) -> Batch:
-        """Draw the tiles, objects and prompts of a step."""
-        options = self.options
-        use_points = bool(rng.random() < options.point_fraction)
-        tiles: list[Tile] = []
-        chosen: list[TileObjects] = []
-        prompts: list[NDArray[np.float32]] = []
-        # A tile without objects teaches a box decoder nothing; a volume without any was refused before.
-        while len(tiles) < options.tiles_per_step:
-            source = self.sources[int(rng.choice(len(self.sources), p=self.weights))]
-            tile = random_tile(source.train, source.recipe, rng)
-            objects = tile_objects(tile, MIN_OBJECT_PX * source.recipe.zoom**2 / 2)
-            if not len(objects.numbers):
-                continue
-            picked = rng.permutation(len(objects.numbers))[: options.objects_per_tile]
-            objects = objects.take(picked)
-            tiles.append(tile)
-            chosen.append(objects)
-            if use_points:
-                prompts.append(random_points(tile.objects, objects.numbers, objects.boxes_xyxy, rng))
-            else:
-                prompts.append(jittered_boxes(objects.boxes_xyxy, options.box_jitter, options.exact_fraction, rng))
-        return Batch(
-            images=self._tensor(np.stack([tile.image for tile in tiles])),
-            sizes=torch.tensor([tile.size_hw for tile in tiles], device=self.device),
-            hints=self._dense_targets(tiles) if self.hints is not None else None,
-            tiles=tuple(tiles),
-            numbers=np.concatenate([objects.numbers for objects in chosen]),
-            tile_index=np.repeat(np.arange(len(chosen)), [len(objects.numbers) for objects in chosen]),
-            boxes_xyxy=np.concatenate([objects.boxes_xyxy for objects in chosen]),
-            prompts=self._tensor(np.concatenate(prompts)),
-            use_points=use_points,
-        )
-
-    def _dense_targets(self, tiles: list[Tile]) -> tuple[Tensor, Tensor, Tensor]:
+    def _dense_targets(self, tiles: Sequence[Tile]) -> tuple[Tensor, Tensor, Tensor]:
         """Return borders, offsets and where these hold, for all tiles."""
         border, offset, inside = zip(*(dense_targets(tile, LOGIT_STRIDE_PX) for tile in tiles), strict=True)
         return self._tensor(np.stack(border)), self._tensor(np.stack(offset)), self._tensor(np.stack(inside))
@@ -330,7 +275,7 @@ class SamTrainer:
         """Decode every prompt of a batch and compare with the truth, object by object."""
         embed = self.decoder.point_tokens if batch.use_points else self.decoder.box_tokens
         tile_index = torch.from_numpy(batch.tile_index).to(self.device)
-        decoded = self.decoder.decode_prompts(embeddings, embed(batch.prompts), tile_index)
+        decoded = self.decoder.decode_prompts(embeddings, embed(self._tensor(batch.prompts)), tile_index)
         groups = boxes_by_region(batch.boxes_xyxy, self.decoder.grid)
         parts = [self._region_losses(decoded, batch, side, rows) for side, rows in groups]
         return MaskLosses(*(torch.cat(column) for column in zip(*parts, strict=True)))
