@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from dendsam_deploy.errors import VolumeError
-from dendsam_deploy.geometry import LOGIT_STRIDE_PX, region_cells
+from dendsam_deploy.errors import InvalidArgumentError, VolumeError
+from dendsam_deploy.geometry import LOGIT_STRIDE_PX, Frame, region_cells
 from dendsam_deploy.training.augment import flip_and_turn, vary_intensity
 from dendsam_deploy.training.boxes import label_components
 from dendsam_deploy.volume.intensity import to_uint8
@@ -114,7 +115,9 @@ class LabelledVolume:
         self._cached_bytes = 0
 
     def __getitem__(self, z: int) -> LabelledSlice:
-        """Return slice `z`, prepared."""
+        """Return slice `z`, prepared; slices that may not be used are refused."""
+        if z not in self.slices:
+            raise InvalidArgumentError(f"slice {z} is none of the slices {self.slices.start}:{self.slices.stop} in use")
         if z in self._cache:
             self._cache.move_to_end(z)
             return self._cache[z]
@@ -130,9 +133,15 @@ class LabelledVolume:
         return prepared
 
     def object_areas(self, count: int = 16) -> NDArray[np.int64]:
-        """Return the areas, slice px, of the objects worth training on in up to `count` evenly spaced slices."""
-        chosen = self.slices[:: max(1, len(self.slices) // count)]
-        areas = [np.bincount(self[z].objects.ravel())[1:] for z in chosen]
+        """Return the areas, slice px, of the objects worth training on in up to `count` evenly spaced slices.
+
+        Where those show none, as in a volume of which few slices are labelled, all slices are searched.
+        """
+        sampled = self._areas(self.slices[:: math.ceil(len(self.slices) / count)])
+        return sampled if len(sampled) else self._areas(self.slices)
+
+    def _areas(self, slices: range) -> NDArray[np.int64]:
+        areas = [np.bincount(self[z].objects.ravel())[1:] for z in slices]
         every = np.concatenate([np.zeros(0, np.int64), *areas]).astype(np.int64)
         return every[every >= MIN_OBJECT_PX]
 
@@ -155,11 +164,11 @@ def random_tile(volume: LabelledVolume, recipe: TileRecipe, rng: np.random.Gener
 
 def deployed_tile(source: LabelledSlice, recipe: TileRecipe) -> Tile:
     """Cut the tile at a slice's top left corner exactly as deployment does."""
-    extent = tuple(min(length, int(recipe.tile_size_px / recipe.zoom)) for length in source.image.shape)
-    height, width = (min(recipe.tile_size_px, max(1, round(length * recipe.zoom))) for length in extent)
-    window = tuple(slice(0, length) for length in extent)
-    image, objects = _resampled(source.image[window], source.objects[window], (height, width))
-    return _padded(image, objects, recipe.tile_size_px)
+    height, width = source.image.shape
+    frame = Frame.from_zoom((height, width), (recipe.zoom, recipe.zoom))
+    image, objects = _resampled(source.image, source.objects, frame.model_hw)
+    side = recipe.tile_size_px
+    return _padded(image[:side, :side], objects[:side, :side], side)
 
 
 def tile_objects(tile: Tile, min_area_px: float) -> TileObjects:
@@ -218,7 +227,10 @@ def boxes_by_region(boxes_xyxy: NDArray[np.float32], grid: int) -> list[tuple[in
 def random_points(
     objects: NDArray[np.int32], numbers: NDArray[np.int64], boxes_xyxy: NDArray[np.float32], rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    """Draw one pixel centre ``(x, y)`` inside each object, ``(N, 2)``; half of them where the object is thickest."""
+    """Draw one pixel ``(x, y)`` of each object, ``(N, 2)``; half of them where the object is thickest.
+
+    A pixel is named by its index, as in SAM's point prompts, which add the half pixel to its centre themselves.
+    """
     points = np.zeros((len(numbers), 2), np.float32)
     for row, (number, box) in enumerate(zip(numbers, boxes_xyxy.astype(int), strict=True)):
         x0, y0, x1, y1 = box
