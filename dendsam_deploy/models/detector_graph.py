@@ -20,12 +20,13 @@ MOST_CANDIDATES = 3840
 
 
 def candidate_count(tile_size_px: int, anchors: int) -> int:
-    """Return how many candidates a tile may have: one for each embedding cell, 1024 for 512 px.
+    """Return how many candidates a tile may have: two for each embedding cell, 2048 for 512 px.
 
-    At the zoom of training a typical object is three cells wide. A tile full of them holds a ninth as many objects as
-    cells, which leaves nine overlapping candidates for each; non-maximum suppression of the slice merges those.
+    At the zoom of training a typical object is two cells wide, so that a tile full of them holds a quarter as many
+    objects as cells. That leaves eight overlapping candidates for each, about as many as YOLO draws; non-maximum
+    suppression of the slice merges them.
     """
-    return min((tile_size_px // EMBEDDING_STRIDE_PX) ** 2, anchors, MOST_CANDIDATES)
+    return min(2 * (tile_size_px // EMBEDDING_STRIDE_PX) ** 2, anchors, MOST_CANDIDATES)
 
 
 class DetectorGraph(nn.Module):

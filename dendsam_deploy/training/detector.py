@@ -50,6 +50,9 @@ DEFAULT_ARCHITECTURE = Path("yolo11n.yaml")
 FINEST_STRIDE_PX = 8
 """Cells of YOLO's finest grid; objects much smaller than one are hard to find."""
 
+CANDIDATES_PER_OBJECT = 7
+"""Overlapping boxes that YOLO draws around one object, roughly."""
+
 
 @dataclass(frozen=True, slots=True)
 class DetectorTrainingOptions:
@@ -241,7 +244,7 @@ def box_warnings(boxes: BoxStatistics, tile_size_px: int) -> tuple[str, ...]:
     found = []
     grids = sum((tile_size_px // (FINEST_STRIDE_PX * step)) ** 2 for step in (1, 2, 4))
     candidates = candidate_count(tile_size_px, grids)
-    if 4 * boxes.most_per_tile > candidates:
+    if CANDIDATES_PER_OBJECT * boxes.most_per_tile > candidates:
         found.append(
             f"up to {boxes.most_per_tile} objects on a tile, and the deployed graph returns {candidates} overlapping "
             "candidates: choose a larger zoom, which puts fewer objects on a tile"

@@ -347,7 +347,7 @@ def test_weights_beside_the_graph_are_read(tmp_path):
     wrap_detector(path, tmp_path / "out.onnx", ForeignDetectorOptions(TILE))
     path.unlink()
     (tmp_path / "weights.bin").unlink()
-    np.testing.assert_allclose(run(tmp_path / "out.onnx", TILES)[1], expected(36)[1], atol=1e-5)
+    np.testing.assert_allclose(run(tmp_path / "out.onnx", TILES)[1], expected(72)[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["parent", "absolute", "symbolic link", "hard link"])

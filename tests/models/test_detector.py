@@ -127,8 +127,8 @@ def test_input_size_must_fit_the_stride():
 
 
 def test_candidates_follow_the_tile_up_to_what_engines_can_sort():
-    assert candidate_count(512, 5376) == 1024
-    assert candidate_count(64, 84) == 16
+    assert candidate_count(512, 5376) == 2048
+    assert candidate_count(64, 84) == 32
     assert candidate_count(1024, 21504) == 3840
 
 
