@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dendsam_deploy.errors import VolumeError
+from dendsam_deploy.bundle.manifest import Preprocessing
+from dendsam_deploy.errors import InvalidArgumentError, VolumeError
+from dendsam_deploy.pipeline.prepare import plan_tiles, prepare_slice
 from dendsam_deploy.training.augment import flip_and_turn, vary_intensity
 from dendsam_deploy.training.samples import (
     LabelledSlice,
@@ -90,17 +92,52 @@ def test_labels_follow_their_image():
     """Objects are told apart by their brightness, so a tile whose labels were moved would show it."""
     for seed in range(10):
         tile = random_tile(labelled(), TileRecipe(64, 1.5, 0.0, 0.0), np.random.default_rng(seed))
-        spreads = [tile.image[tile.objects == n].std() for n in np.unique(tile.objects) if (tile.objects == n).sum() > 300]
+        spreads = [
+            tile.image[tile.objects == n].std() for n in np.unique(tile.objects) if (tile.objects == n).sum() > 300
+        ]
         assert np.median(spreads) < tile.image[: tile.size_hw[0], : tile.size_hw[1]].std()
 
 
-def test_deployed_tiles_are_cut_and_resampled_without_variation():
-    source = labelled()[0]
-    tile = deployed_tile(source, RECIPE)
-    np.testing.assert_array_equal(tile.image, source.image[:64, :64])
-    np.testing.assert_array_equal(tile.objects, source.objects[:64, :64])
-    small = LabelledSlice(source.image[:40, :50], source.objects[:40, :50])
-    assert deployed_tile(small, TileRecipe(128, 2.0)).size_hw == (80, 100)
+@given(
+    st.tuples(st.integers(30, 150), st.integers(30, 150)),
+    st.sampled_from([0.5, 2**-0.5, 1.0, 2**0.5, 2.0, 1.37]),
+)
+@settings(deadline=None, max_examples=60)
+def test_deployed_tiles_are_those_of_the_pipeline(shape, zoom):
+    rng = np.random.default_rng(sum(shape))
+    source = LabelledSlice(rng.integers(0, 256, shape).astype(np.uint8), np.ones(shape, np.int32))
+    tile = deployed_tile(source, TileRecipe(64, zoom))
+    plan = plan_tiles(shape, Preprocessing("minmax_uint8", 64, 8, None, zoom), None, None)
+    deployed = prepare_slice(source.image, plan).tile_inputs(0)
+    np.testing.assert_array_equal(tile.image, deployed["tiles"][0])
+    assert tile.size_hw == tuple(deployed["sizes"][0])
+    assert (tile.objects > 0).sum() == np.prod(tile.size_hw)
+
+
+@pytest.mark.parametrize("zoom", [0.5, 2**0.5, 3.0])
+def test_resampled_labels_lie_where_their_image_lies(zoom):
+    """The borders of both are at the same place to half a pixel, so labels are neither shifted nor scaled otherwise."""
+    objects = np.kron(np.array([[1, 0, 2], [0, 3, 0], [4, 0, 5]]), np.ones((21, 21), int)).astype(np.int32)
+    tile = deployed_tile(LabelledSlice(np.where(objects > 0, 200, 0).astype(np.uint8), objects), TileRecipe(64, zoom))
+    assert ((tile.image > 100) == (tile.objects > 0)).mean() > 0.98
+
+
+def test_labels_in_few_slices_are_found():
+    labels = np.zeros((50, 64, 64), np.uint32)
+    labels[33, 10:30, 10:30] = 5
+    volume = LabelledVolume(ArrayVolume(np.zeros((50, 64, 64), np.uint8)), ArrayVolume(labels), range(50))
+    assert volume.object_areas(4).tolist() == [400]
+
+
+def test_areas_are_taken_from_no_more_slices_than_asked_for():
+    labels = SpyVolume(np.ones((31, 64, 64), np.uint32))
+    volume = LabelledVolume(ArrayVolume(np.zeros((31, 64, 64), np.uint8)), labels, range(31))
+    assert len(volume.object_areas(16)) == len(labels.seen) == 16
+
+
+def test_slices_out_of_use_cannot_be_had():
+    with pytest.raises(InvalidArgumentError, match="slice 4 is none of the slices 1:3"):
+        LabelledVolume(ArrayVolume(np.zeros((5, 8, 8))), ArrayVolume(np.zeros((5, 8, 8))), range(1, 3))[4]
 
 
 def test_objects_of_a_tile_are_those_of_brute_force():
