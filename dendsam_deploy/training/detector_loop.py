@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dendsam_deploy.models.detector import YoloDetector
     from dendsam_deploy.progress import ProgressCallback
 
+_RATE_FROM_SCRATCH, _RATE_FROM_WEIGHTS = 2e-3, 5e-4
 _LARGEST_BATCH = 32  # larger ones leave too few steps
 _CPU_BATCH = 8
 _FEW_EPOCHS = 300  # ultralytics' schedule until it knows how many epochs fit into the time
@@ -73,8 +74,8 @@ class DetectorSchedule:
         About how many held-out tiles judge an epoch.
     batch : int or None
         Tiles per step. None: 8 on the CPU; on a GPU what its memory allows, at most 32.
-    learning_rate : float
-        Peak rate of AdamW.
+    learning_rate : float or None
+        Peak rate of AdamW. None: 5e-4 for weights that were trained before, 2e-3 for random ones.
     seed : int
         Source of every random choice.
     device : str
@@ -87,7 +88,7 @@ class DetectorSchedule:
     tiles_per_epoch: int | None = None
     judge_tiles: int = 24
     batch: int | None = None
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     seed: int = 0
     device: str = "cpu"
 
@@ -201,7 +202,10 @@ def train_detector(
     watch = _Watch(plan, progress, note_elapsed)
     resumes = _can_resume(plan)
     with _translated(plan), _all_threads():
-        trainer = new_trainer(_settings(plan) | ({"resume": str(plan.last)} if resumes else {}))
+        is_random = plan.from_scratch or not detector.sha256
+        rate = plan.schedule.learning_rate or (_RATE_FROM_SCRATCH if is_random else _RATE_FROM_WEIGHTS)
+        settings = _settings(plan) | {"lr0": rate}
+        trainer = new_trainer(settings | ({"resume": str(plan.last)} if resumes else {}))
         if not resumes:
             weights = None if plan.from_scratch else detector.network
             trainer.model = trainer.get_model(cfg=detector.network.yaml, weights=weights, verbose=False)
@@ -283,7 +287,6 @@ def _settings(plan: LoopPlan) -> dict[str, object]:
         "nbs": batch if batch > 0 else _LARGEST_BATCH,
         "device": "cpu" if on_cpu else (schedule.device.partition(":")[2] or "0"),
         "optimizer": "AdamW",
-        "lr0": schedule.learning_rate,
         "warmup_epochs": 1.0,
         "warmup_bias_lr": 0.0,
         "max_det": max(300, 2 * plan.most_boxes),
