@@ -192,8 +192,9 @@ def box_area(boxes_xyxy: NDArray[np.float32]) -> NDArray[np.float64]:
 def suppress_duplicates(detections: Detections, iou_limit: float) -> NDArray[np.intp]:
     """Run the canonical non-maximum suppression of a slice.
 
-    Boxes are taken in the order ``(-score, y0, x0, y1, x1)``; each one that overlaps an already kept box by more than `iou_limit` is
-    dropped. The order is total but for identical boxes, so the result does not depend on the order of the input.
+    Boxes are taken in the order ``(-score, y0, x0, y1, x1)``; each one that overlaps an already kept box by more than
+    `iou_limit` is dropped. The order is total but for identical boxes, so the result does not depend on the order of
+    the input.
 
     Parameters
     ----------
@@ -220,9 +221,7 @@ def suppress_duplicates(detections: Detections, iou_limit: float) -> NDArray[np.
     return np.array(kept, np.intp)
 
 
-def _check_array(
-    array: NDArray[np.generic], name: str, dtype: type[np.generic], shape: tuple[int | None, ...]
-) -> None:
+def _check_array(array: NDArray[np.generic], name: str, dtype: type[np.generic], shape: tuple[int | None, ...]) -> None:
     """Raise unless an array has exactly the given dtype and shape (None = any length)."""
     fits = array.ndim == len(shape) and all(
         want is None or have == want for have, want in zip(array.shape, shape, strict=False)

@@ -39,7 +39,7 @@ class ArrayVolume:
 
     def read(self, z: int, window: Window | None = None) -> NDArray[np.generic]:
         """Return slice `z` or a window of it, without copying."""
-        plane = self._array[z]
+        plane: NDArray[np.generic] = self._array[z]
         return plane if window is None else plane[window.slices]
 
     def __enter__(self) -> Self:
