@@ -311,6 +311,8 @@ class SamTrainer:
 
     def _restore(self, state: TrainingState) -> None:
         self.sam.load_state_dict(state.model)
+        # The graph holds what it has computed from the model's position encoding.
+        self.decoder = BoxDecoderGraph(self.sam).to(self.device)
         self.average.values = {name: value.to(self.device) for name, value in state.average.items()}
         self.average.updates = state.step
         if self.hints is not None:
