@@ -187,7 +187,7 @@ class Frame:
     def boxes_to_slice(self, boxes_xyxy: NDArray[np.float32]) -> NDArray[np.float32]:
         """Convert boxes ``(N, 4)`` from model px to slice px."""
         scale_y, scale_x = self.scale_yx
-        boxes: NDArray[np.float32] = boxes_xyxy / np.array([scale_x, scale_y, scale_x, scale_y], np.float32)
+        boxes: NDArray[np.float32] = np.divide(boxes_xyxy, np.array([scale_x, scale_y, scale_x, scale_y], np.float32))
         return boxes
 
     def window_to_slice(self, window: Window) -> Window:

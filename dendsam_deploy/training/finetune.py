@@ -84,9 +84,7 @@ class FinetuneSamOptions:
                 f"unknown model type {self.model_type!r}; choose one of {', '.join(MODEL_TYPES)}"
             )
         if self.from_scratch and self.start is not None:
-            raise InvalidArgumentError(
-                "training starts from a checkpoint or from scratch, not both; give one of them"
-            )
+            raise InvalidArgumentError("training starts from a checkpoint or from scratch, not both; give one of them")
         if self.zoom is not None and not 0 < self.zoom < math.inf:
             raise InvalidArgumentError(f"the zoom is {self.zoom}, expected a positive number of model px per slice px")
 
