@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dendsam_deploy import __version__
 from dendsam_deploy.bundle.bundle import MODEL_CARD_FILE, REFERENCE_FILE
@@ -32,6 +33,10 @@ from dendsam_deploy.models.image_encoder import ImageEncoderGraph
 from dendsam_deploy.models.weights import TrainingRecord, load_sam
 from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 
+if TYPE_CHECKING:
+    from dendsam_deploy.bundle.reference import ReferenceInputs
+    from dendsam_deploy.export.detector import ExportedDetector
+
 Gate = Callable[[Path], ParityReport]
 """Judges a finished but unpublished bundle; `evaluate.parity.verify_bundle` with its options filled in."""
 
@@ -42,7 +47,7 @@ DEFAULT_OVERLAP_PX = 128
 """Objects up to four times as wide as the typical one are seen whole by some tile."""
 
 _REGION_SIZES = (8, 16, 32, 64)
-_STEPS = ("reading the weights", "encoder", "decoder", "reference", "detector", "verifying")
+_STEPS = ("reading the weights", "detector", "encoder", "decoder", "reference", "verifying")
 _PRODUCERS = ("torch", "onnx", "onnxscript", "segment-anything")
 
 
@@ -156,12 +161,14 @@ def _write_graphs(options: ExportOptions, folder: Path, progress: ProgressCallba
     loaded = load_sam(options.sam, options.image_size_px)
     preprocessing = _preprocessing(options, loaded.record)
     size = preprocessing.tile_size_px
+    inputs = reference_inputs(ReferenceOptions(size, options.reference_volume))
+    _step(progress, "detector")  # first: a wrong file is found before minutes are spent on the encoder
+    detector = None if options.detector is None else _export_detector(options.detector, folder, preprocessing, inputs)
     _step(progress, "encoder")
     encoder = onnx_from_torch(ImageEncoderGraph(loaded.sam), GraphExport("encoder", size), folder / "encoder.onnx")
     _step(progress, "decoder")
     decoder = onnx_from_torch(BoxDecoderGraph(loaded.sam), GraphExport("decoder", size), folder / "decoder.onnx")
     _step(progress, "reference")
-    inputs = reference_inputs(ReferenceOptions(size, options.reference_volume))
     sam = Source("sam", loaded.record.model_type, checkpoint_digest(options.sam, loaded.sha256))
     parts = _Parts(
         model_type=loaded.record.model_type,
@@ -171,18 +178,21 @@ def _write_graphs(options: ExportOptions, folder: Path, progress: ProgressCallba
         reference=StoredReference(inputs, sam_outputs(loaded.sam, inputs), None),
         facts=TrainingFacts(loaded.record.summary, {}),
     )
-    if options.detector is None:
-        return parts
-    _step(progress, "detector")
-    return _with_detector(parts, options.detector, folder)
+    return parts if detector is None else _with_detector(parts, detector)
 
 
-def _with_detector(parts: _Parts, path: Path, folder: Path) -> _Parts:
-    """Add a detector."""
+def _export_detector(
+    path: Path, folder: Path, preprocessing: Preprocessing, inputs: ReferenceInputs
+) -> ExportedDetector:
+    """Write the detector's graph."""
     # ultralytics takes seconds to import, and a bundle without a detector needs none of it.
     from dendsam_deploy.export.detector import export_detector  # noqa: PLC0415  (see above)
 
-    detector = export_detector(path, folder / "detector.onnx", parts.preprocessing, parts.reference.inputs)
+    return export_detector(path, folder / "detector.onnx", preprocessing, inputs)
+
+
+def _with_detector(parts: _Parts, detector: ExportedDetector) -> _Parts:
+    """Add a detector."""
     score = detector.score_threshold
     return replace(
         parts,

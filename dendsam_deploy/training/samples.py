@@ -124,7 +124,8 @@ class LabelledVolume:
         labels = self._labels.read(z).astype(np.uint32)
         if self._background:
             labels[np.isin(labels, self._background)] = 0
-        prepared = LabelledSlice(to_uint8(self._image.read(z)), label_components(labels)[0])
+        image = to_uint8(self._image.read(z), f"{self._image.info.source}: slice {z}")
+        prepared = LabelledSlice(image, label_components(labels)[0])
         self._cache[z] = prepared
         self._cached_bytes += sum(array.nbytes for array in prepared)
         while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
