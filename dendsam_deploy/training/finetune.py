@@ -25,7 +25,7 @@ from dendsam_deploy.volume.open import open_labels, open_volume
 from dendsam_deploy.weights import PACKAGED_SAM
 
 if TYPE_CHECKING:
-    from segment_anything.modeling import Sam
+    from torch import nn
 
     from dendsam_deploy.volume.volume import VolumeReader
 
@@ -132,11 +132,11 @@ def finetune_sam(
     """
     _prepare_place(options.out)
     torch.manual_seed(options.schedule.seed)
-    sam = _starting_model(options)
+    sam, image_size = _starting_model(options)
     with ExitStack() as stack:
         image = stack.enter_context(open_volume(volume_path, options.voxel_size_nm))
         labels = stack.enter_context(open_labels(labels_path))
-        source = _training_source(image, labels, options, int(sam.image_encoder.img_size))
+        source = _training_source(image, labels, options, image_size)
         saved = _SavedState(options, f"{image.info}|{labels.info}|{source.recipe}")
         state = saved.load() if options.resume else None
         trainer = SamTrainer(sam, [source], options.schedule, with_hints=options.model_type == "tiny")
@@ -158,7 +158,7 @@ def finetune_sam(
         history=tuple((entry.step, entry.elapsed_s, entry.held_out_iou) for entry in trained.history),
     )
     data = {"volume": Path(volume_path).name, "labels": Path(labels_path).name, "seed": options.schedule.seed}
-    save_sam(options.out, trained.state, _record(result, source.recipe.tile_size_px, data))
+    save_sam(options.out, trained.state, _record(result, image_size, data))
     saved.remove()
     return result
 
@@ -173,12 +173,12 @@ def _prepare_place(out: Path) -> None:
         raise StorageError(f"{out.parent}: cannot be made ({error.strerror}); choose another place") from error
 
 
-def _starting_model(options: FinetuneSamOptions) -> Sam:
-    """Return the model to train."""
+def _starting_model(options: FinetuneSamOptions) -> tuple[nn.Module, int]:
+    """Return the model to train and the side of its input, px."""
     if options.from_scratch:
         sam = build_sam(options.model_type, options.image_size)
         initialise(sam, torch.Generator().manual_seed(options.schedule.seed))
-        return sam
+        return sam, int(sam.image_encoder.img_size)
     start = options.start or (PACKAGED_SAM if options.model_type == "tiny" else None)
     if start is None:
         raise InvalidArgumentError(
@@ -191,7 +191,7 @@ def _starting_model(options: FinetuneSamOptions) -> Sam:
             f"{start}: holds a {loaded.record.model_type}, but {options.model_type} was asked for; "
             "name the type of the file"
         )
-    return loaded.sam
+    return loaded.sam, loaded.record.image_size
 
 
 def _training_source(
