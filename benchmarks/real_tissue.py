@@ -74,7 +74,7 @@ def main() -> None:
     seconds = _train(chain, arguments) if not arguments.keep_models else {}
     seconds |= _deploy(chain)
     results: dict[str, Any] = {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(word).name for word in sys.argv],  # paths of a machine help nobody else
         "host": {"machine": platform.machine(), "processor": _processor(), "python": platform.python_version()},
         "seconds": seconds,
         "box_prompts": _box_prompts(chain),

@@ -1,7 +1,5 @@
 """The detector: reads Ultralytics YOLO checkpoints without trusting them, and is the home of that library.
 
-References
-----------
 YOLOv8, YOLO11, YOLO26: github.com/ultralytics/ultralytics (AGPL-3.0; so are models made with it).
 """
 
@@ -177,9 +175,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: not a readable Ultralytics checkpoint ({reason}); download or save it again"
-        ) from error
+        raise CheckpointError(f"{path}: not a readable Ultralytics checkpoint ({reason}); save it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an Ultralytics checkpoint")
     for entry in content.values():
