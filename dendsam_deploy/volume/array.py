@@ -28,9 +28,7 @@ class ArrayVolume:
         Voxel size ``(z, y, x)``.
     """
 
-    def __init__(
-        self, array: NDArray[np.generic], voxel_size_nm: tuple[float, float, float] | None = None
-    ) -> None:
+    def __init__(self, array: NDArray[np.generic], voxel_size_nm: tuple[float, float, float] | None = None) -> None:
         if array.ndim != 3:
             raise InvalidArgumentError(f"an array of shape {array.shape} is no volume, expected (z, y, x)")
         depth, height, width = array.shape
