@@ -30,9 +30,9 @@ def doctor(context: click.Context, json_file: str | None) -> None:
 
 def machine_table(report: MachineReport) -> str:
     """Write what was found on a machine, one finding a line and its remedy below it."""
-    memory = "" if report.memory_gib is None else f", {report.memory_gib:g} GiB"
+    memory = "" if report.memory_gib is None else f", memory: {report.memory_gib:g} GiB"
     lines = [
-        f"Python {report.python} on {report.platform}, {report.cpu_cores} CPU cores{memory}",
+        f"Python {report.python} on {report.platform}, CPU cores: {report.cpu_cores}{memory}",
         ", ".join(f"{name} {version}" for name, version in report.packages.items()),
         "",
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -112,7 +114,10 @@ def random_sam(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bundle(random_sam: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of `random_sam`, without a detector and not verified."""
-    from dendsam_deploy.export.bundle import ExportOptions, export_bundle  # noqa: PLC0415 - needs the extra train
-
-    return export_bundle(ExportOptions(random_sam, tmp_path_factory.mktemp("exports") / "random"))
+    """A bundle of `random_sam`, exported as a user does it, without a detector and not verified."""
+    path = tmp_path_factory.mktemp("exports") / "random"
+    words = ["export", "--sam", str(random_sam), "-o", str(path), "--no-verify", "--pixel-size", "12"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(words) == 0
+    assert out.getvalue() == f"{path}: encoder, decoder; unproven\n"
+    return path

@@ -88,9 +88,9 @@ def refused(run, discs, bundle, random_sam, tmp_path) -> Callable[[list[str], Pa
         "OUT": tmp_path / "out",
     }
 
-    def check(words: list[str], bad: Path) -> str:
+    def check(words: list[str], bad: Path, codes: tuple[int, ...] = (2, 4)) -> str:
         outcome = run(*(bad if word == "BAD" else places.get(word, word) for word in words), "-q")
-        assert outcome.code in (2, 4), outcome.err
+        assert outcome.code in codes, outcome.err
         assert outcome.out == ""
         assert str(bad) in outcome.message
         message: str = outcome.message
@@ -170,3 +170,28 @@ def test_bad_bundles(refused, command, kind, bundle, tmp_path) -> None:
         graph = bad / "encoder.onnx"
         graph.write_bytes(graph.read_bytes()[:1000])
     refused(command, bad)
+
+
+class Planted:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return (open, (str(self.canary), "w"))
+
+
+@pytest.mark.parametrize("words", CHECKPOINT_COMMANDS.values(), ids=list(CHECKPOINT_COMMANDS))
+@pytest.mark.parametrize("disguise", ["sam", "yolo"])
+def test_a_checkpoint_that_would_run_code_is_refused(refused, words, disguise, tmp_path) -> None:
+    torch = pytest.importorskip("torch")
+    canary, bad = tmp_path / "canary", tmp_path / "hostile.pt"
+    content = {"model": Planted(canary)}
+    if disguise == "yolo":
+        from ultralytics.nn.modules import Conv  # noqa: PLC0415 - needs the extra train
+
+        content["ema"] = Conv(1, 1)
+    torch.save(content, bad)
+    refused(words, bad, codes=(4, 77))
+    assert not canary.exists()
