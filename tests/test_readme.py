@@ -78,7 +78,14 @@ def test_the_demo_command(tmp_path) -> None:
     pq, oce = map(float, re.search(r"^per slice +PQ ([\d.]+), OCE ([\d.]+)", out, flags=re.MULTILINE).groups())
     assert pq >= LEAST_DEMO_PQ
     assert oce <= MOST_DEMO_OCE
-    for name in ("raw.tif", "labels.tif", "bundle/parity.json", "result/labels.tif", "result/report.html"):
+    for name in (
+        "raw.tif",
+        "labels.tif",
+        "bundle/parity.json",
+        "result/labels.tif",
+        "result/report.html",
+        "scores.html",
+    ):
         assert (tmp_path / "demo" / name).is_file()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dendsam_deploy.cli.console import CheckFailedError
 from dendsam_deploy.cli.options import command, extra, json_option, output_option
 from dendsam_deploy.cli.phantom import write_phantom
 
@@ -43,6 +44,7 @@ def demo(context: click.Context, out: Path | None, json_file: str | None) -> Non
     from dendsam_deploy.pipeline.job import SegmentOptions
     from dendsam_deploy.pipeline.run import segment_volume
     from dendsam_deploy.report.run_folder import report_from_run
+    from dendsam_deploy.report.scores_report import write_scores_report
     from dendsam_deploy.runtimes.session import SessionOptions, open_session
     from dendsam_deploy.volume.open import open_volume
     from dendsam_deploy.volume.phantom import PhantomOptions, make_phantom
@@ -61,19 +63,22 @@ def demo(context: click.Context, out: Path | None, json_file: str | None) -> Non
         segment = SegmentOptions(folder / "result", restart=True)
         result = segment_volume(files["raw"], session, segment, progress)
     with steps.step("evaluate") as progress:
-        scores = evaluate_labels(result.out / "labels.tif", files["labels"], progress=progress).to_document()
+        scores = evaluate_labels(result.out, files["labels"], progress=progress)
     with steps.step("report"), open_volume(files["raw"]) as raw:
         report_from_run(result.out, raw)
+        write_scores_report(folder / "scores.html", scores)
     document = {
         "out": str(folder),
         "seconds": steps.seconds,
         "total_seconds": sum(steps.seconds.values()),
         "verify": parity.to_document(),
         "segment": result.to_document(),
-        "evaluate": scores,
-        "report": str(result.out / "report.html"),
+        "evaluate": scores.to_document(),
+        "reports": [str(result.out / "report.html"), str(folder / "scores.html")],
     }
     steps.console.result(story(document), document, json_file)
+    if not parity.passed:
+        raise CheckFailedError(f"{bundle}: the graphs differ from the weights by more than the limits allow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +114,7 @@ def story(document: dict[str, Any]) -> str:
             f"segmented  {result['objects_3d']} objects in {result['slices']} slices ({result['objects_2d']} profiles)",
             f"per slice  PQ {scores['slices']['pq']:.3f}, OCE {scores['slices']['oce']:.3f} (mean)",
             f"in 3-D     PQ {scores['volume']['pq']:.3f}, adapted Rand error {scores['volume']['arand_error']:.3f}",
-            f"report     {document['report']}",
+            f"reports    {', '.join(document['reports'])}",
             f"in all     {document['total_seconds']:.0f} s",
         ]
     )

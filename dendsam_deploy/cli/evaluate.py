@@ -43,6 +43,7 @@ BOUND = word("KEY=VALUE", read_bound)
 @SETTINGS.flag("--as-2d", "as_2d", "Labels hold for one slice only.")
 @click.option("--min", "least", type=BOUND, multiple=True, help="Exit 1 if a score is lower. Repeatable.")
 @click.option("--max", "most", type=BOUND, multiple=True, help="Exit 1 if an error is higher. Repeatable.")
+@click.option("--report", "page", type=PATH, metavar="FILE", help="Write the scores as an HTML page, too.")
 @json_option
 @click.pass_context
 def evaluate(
@@ -52,6 +53,7 @@ def evaluate(
     *,
     least: tuple[tuple[str, float], ...],
     most: tuple[tuple[str, float], ...],
+    page: Path | None,
     json_file: str | None,
 ) -> None:
     """Score LABELS against TRUTH.
@@ -60,6 +62,7 @@ def evaluate(
     slices.NAME, with the names that --json uses; a bare NAME means the volume.
     """
     from dendsam_deploy.evaluate.scores import EvaluateOptions, evaluate_labels
+    from dendsam_deploy.report.scores_report import write_scores_report
 
     check_keys(key for key, _ in (*least, *most))
     settings = SETTINGS.given(context)
@@ -68,6 +71,8 @@ def evaluate(
     console: Console = context.obj
     with console.progress() as progress:
         report = evaluate_labels(labels, truth, EvaluateOptions(**settings), progress)
+    if page is not None:
+        write_scores_report(page, report)
     document = report.to_document()
     console.result(score_table(document), document, json_file)
     if missed := missed_bounds(document, least, most):

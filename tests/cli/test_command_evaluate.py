@@ -58,6 +58,11 @@ def test_options_reach_the_library(run, discs, half) -> None:
     assert run("evaluate", discs / "labels.tif", half, "--sparse-truth", "--json", "-").document["volume"]["dq"] == 1
 
 
+def test_the_page_of_scores(run, discs, half, tmp_path) -> None:
+    assert run("evaluate", half, discs / "labels.tif", "--report", tmp_path / "scores.html").code == 0
+    assert "half.tif" in (tmp_path / "scores.html").read_text(encoding="utf-8")
+
+
 def test_slices_outside_the_volume_are_wrong_usage(run, discs, half) -> None:
     outcome = run("evaluate", half, discs / "labels.tif", "--slices", "2:9")
     assert outcome.code == 2
