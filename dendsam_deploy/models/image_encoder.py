@@ -50,5 +50,5 @@ class ImageEncoderGraph(nn.Module):
         inside_y = position < sizes[:, :1]
         inside_x = position < sizes[:, 1:]
         inside = inside_y[:, None, :, None] & inside_x[:, None, None, :]
-        embeddings: Tensor = self.image_encoder(torch.where(inside, image, image.new_zeros(())))
+        embeddings: Tensor = self.image_encoder(torch.where(inside, image, 0.0))
         return embeddings

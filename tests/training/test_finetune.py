@@ -15,7 +15,7 @@ from dendsam_deploy.training.finetune import FinetuneSamOptions, finetune_sam
 from dendsam_deploy.training.sam import SamTrainingOptions
 
 SCHEDULE = SamTrainingOptions(
-    minutes=None, steps=3, judge_steps=1, tiles_per_step=1, objects_per_tile=2, judge_slices=1, learning_rate=1e-3
+    minutes=None, steps=3, judge_steps=2, tiles_per_step=1, objects_per_tile=2, judge_slices=1, learning_rate=1e-3
 )
 
 

@@ -266,10 +266,10 @@ class TestData:
 class TestLearning:
     def test_discs_are_learnt(self, start):
         recorder = Recorder()
-        options = dataclasses.replace(SHORT, steps=60, judge_steps=60, learning_rate=2e-3, point_fraction=0.0)
+        options = dataclasses.replace(SHORT, steps=45, judge_steps=45, learning_rate=2e-3, point_fraction=0.0)
         trainer_of(start, options).run(recorder.progress)
         losses = recorder.losses()  # running means, so the fall of the last step's loss is larger
-        assert losses[-1] < 0.8 * losses[0]
+        assert losses[-1] < 0.85 * losses[0]
 
     @pytest.mark.parametrize(("fraction", "tokens"), [(0.0, {0}), (1.0, {1, 2, 3})])
     def test_boxes_train_the_first_mask_and_points_the_others(self, start, fraction, tokens):
