@@ -136,8 +136,10 @@ def _run_facts(path: Path) -> Facts:
 
 
 def _listed(facts: Facts) -> str:
-    """Write facts as lines; what is unknown is said to be."""
-    return "\n".join(f"{key:<20} {_written(value)}" for key, value in facts.items() if value != "")
+    """Write facts as lines; what is unknown is said to be. The many settings of a run are left to --json."""
+    return "\n".join(
+        f"{key:<20} {_written(value)}" for key, value in facts.items() if value != "" and key != "settings"
+    )
 
 
 def _written(value: object) -> str:
