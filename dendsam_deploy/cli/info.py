@@ -146,8 +146,10 @@ def _written(value: object) -> str:
     """Write a fact for people."""
     if value is None:
         return "not recorded"
+    if isinstance(value, float):
+        return f"{value:g}"
     if isinstance(value, list):
-        return ", ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
+        return ", ".join(map(_written, value))
     if isinstance(value, dict):
         return ", ".join(f"{key} {_written(item)}" for key, item in value.items())
     return str(value)
