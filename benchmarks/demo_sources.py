@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dendsam_deploy.training.batches import TrainingSource
 from dendsam_deploy.training.samples import LabelledVolume, TileRecipe
+from dendsam_deploy.training.source import TrainingSource
 from dendsam_deploy.volume.array import ArrayVolume
 from dendsam_deploy.volume.open import open_labels, open_volume
 from dendsam_deploy.volume.phantom import PhantomOptions, make_phantom
@@ -26,8 +26,9 @@ TRAIN_SECTIONS = range(130)
 HELD_OUT_SECTIONS = range(137, 167)
 DATA = "synthetic phantoms; em_fibsem_medulla (FlyEM, HHMI Janelia; CC-BY), sections 0 to 129"
 
-PHANTOM_ZOOM = 1.0
-MEDULLA_ZOOM = 2.0
+PHANTOM_ZOOM = 2**0.5
+MEDULLA_ZOOM = 2**1.5
+SCALE_OCTAVES = 0.5
 PHANTOM_SHAPE = (8, 448, 448)
 
 
@@ -38,7 +39,7 @@ def medulla_source(folder: Path, tile_size_px: int) -> Iterator[TrainingSource]:
         yield TrainingSource(
             LabelledVolume(raw, labels, TRAIN_SECTIONS),
             LabelledVolume(raw, labels, HELD_OUT_SECTIONS),
-            TileRecipe(tile_size_px, MEDULLA_ZOOM),
+            TileRecipe(tile_size_px, MEDULLA_ZOOM, SCALE_OCTAVES),
             weight=1.0,
         )
 
@@ -51,4 +52,4 @@ def phantom_source(first_seed: int, count: int, tile_size_px: int, *, dense: boo
         raw = ArrayVolume(np.concatenate([phantom.raw for phantom in phantoms]))
         labels = ArrayVolume(np.concatenate([phantom.labels for phantom in phantoms]))
         volumes.append(LabelledVolume(raw, labels, range(raw.info.shape_zyx[0])))
-    return TrainingSource(volumes[0], volumes[1], TileRecipe(tile_size_px, PHANTOM_ZOOM), weight=0.5)
+    return TrainingSource(volumes[0], volumes[1], TileRecipe(tile_size_px, PHANTOM_ZOOM, SCALE_OCTAVES), weight=0.5)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from demo_sources import DATA, HELD_OUT_SECTIONS, medulla_source, phantom_source
 
+from dendsam_deploy.models.architectures import default_image_size
 from dendsam_deploy.models.detector import DetectorRecord, load_detector, save_detector
-from dendsam_deploy.models.sam import default_image_size
-from dendsam_deploy.training.detector_loop import DetectorSchedule, LoopPlan, train_detector
+from dendsam_deploy.training.detector_loop import LoopPlan, train_detector
 from dendsam_deploy.training.detector_tiles import held_out_tiles, least_area_px, training_tiles, write_tiles
+from dendsam_deploy.training.options import DetectorSchedule
 
 if TYPE_CHECKING:
     from dendsam_deploy.progress import Progress
@@ -34,12 +35,13 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=480, help="training tiles of either kind")
     parser.add_argument("--start", type=Path, default=Path("yolo11n.yaml"), help="architecture or checkpoint")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--image-size", type=int, default=default_image_size("tiny"), help="side of a tile, px")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
-    size = default_image_size("tiny")
+    size = arguments.image_size
     schedule = DetectorSchedule(
         arguments.minutes, tiles_per_epoch=320, learning_rate=arguments.learning_rate, seed=arguments.seed
     )

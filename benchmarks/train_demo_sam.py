@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from demo_sources import DATA, HELD_OUT_SECTIONS, medulla_source, phantom_source
 
-from dendsam_deploy.models.sam import build_sam, default_image_size, initialise
+from dendsam_deploy.models.architectures import default_image_size
+from dendsam_deploy.models.sam import build_sam, initialise
 from dendsam_deploy.models.weights import TrainingRecord, load_sam, save_sam
-from dendsam_deploy.training.sam import SamTrainer, SamTrainingOptions, TrainingState
+from dendsam_deploy.training.options import SamTrainingOptions
+from dendsam_deploy.training.sam import SamTrainer, TrainingState
 
 if TYPE_CHECKING:
     from dendsam_deploy.progress import Progress
@@ -31,17 +33,19 @@ def main() -> None:
     parser.add_argument("--phantoms", type=int, default=12, help="training phantoms of each kind, sparse and dense")
     parser.add_argument("--start", type=Path, help="checkpoint to go on from")
     parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--image-size", type=int, default=default_image_size("tiny"), help="side of the input, px")
+    parser.add_argument("--tiles", type=int, default=2, help="tiles a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
-    size = default_image_size("tiny")
+    size = arguments.image_size
     torch.manual_seed(arguments.seed)
     if arguments.start:
-        sam = load_sam(arguments.start).sam
+        sam = load_sam(arguments.start, size).sam
     else:
-        sam = build_sam("tiny")
+        sam = build_sam("tiny", size)
         initialise(sam, torch.Generator().manual_seed(arguments.seed))
     with medulla_source(arguments.medulla, size) as medulla:
         sources = [
@@ -53,32 +57,33 @@ def main() -> None:
             minutes=arguments.minutes,
             learning_rate=arguments.learning_rate,
             seed=arguments.seed,
+            tiles_per_step=arguments.tiles,
             judge_minutes=6,
             judge_slices=3,
         )
-        keep = Keeper(arguments.out)
+        keep = Keeper(arguments.out, size)
         trained = SamTrainer(sam, sources, options, with_hints=True).run(Reporter(), checkpoint=keep)
-    save(arguments.out, trained.state, trained.held_out_iou, trained.steps)
+    save(arguments.out, trained.state, size, trained.held_out_iou, trained.steps)
     log.info("held-out IoU %.3f after %d steps", trained.held_out_iou, trained.steps)
 
 
-def save(path: Path, state: dict[str, torch.Tensor], iou: float, steps: int) -> None:
+def save(path: Path, state: dict[str, torch.Tensor], size: int, iou: float, steps: int) -> None:
     """Write the checkpoint at half precision, which is exact enough to start from and halves the file."""
     half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     held_out = [HELD_OUT_SECTIONS.start, HELD_OUT_SECTIONS.stop]
     summary = {"data": DATA, "held_out_sections": held_out, "held_out_iou": iou, "steps": steps}
-    save_sam(path, half, TrainingRecord("tiny", default_image_size("tiny"), summary=summary))
+    save_sam(path, half, TrainingRecord("tiny", size, summary=summary))
 
 
 class Keeper:
     """Saves the best weights so far whenever the trainer has judged."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.size = path, size
 
     def __call__(self, state: TrainingState) -> None:
         """Save the best weights of a training state."""
-        save(self.path, state.best, max(iou for _, _, iou in state.history), state.step)
+        save(self.path, state.best, self.size, max(iou for _, _, iou in state.history), state.step)
         log.info("held-out IoU so far: %s", [round(iou, 3) for _, _, iou in state.history])
 
 

@@ -44,14 +44,14 @@ if TYPE_CHECKING:
     from dendsam_deploy.runtimes.session import Session as Session
     from dendsam_deploy.runtimes.session import SessionOptions as SessionOptions
     from dendsam_deploy.runtimes.session import open_session as open_session
-    from dendsam_deploy.training.detector import DetectorTrainingOptions as DetectorTrainingOptions
     from dendsam_deploy.training.detector import DetectorTrainingResult as DetectorTrainingResult
     from dendsam_deploy.training.detector import finetune_detector as finetune_detector
-    from dendsam_deploy.training.detector_loop import DetectorSchedule as DetectorSchedule
     from dendsam_deploy.training.finetune import FinetunedSam as FinetunedSam
-    from dendsam_deploy.training.finetune import FinetuneSamOptions as FinetuneSamOptions
     from dendsam_deploy.training.finetune import finetune_sam as finetune_sam
-    from dendsam_deploy.training.sam import SamTrainingOptions as SamTrainingOptions
+    from dendsam_deploy.training.options import DetectorSchedule as DetectorSchedule
+    from dendsam_deploy.training.options import DetectorTrainingOptions as DetectorTrainingOptions
+    from dendsam_deploy.training.options import FinetuneSamOptions as FinetuneSamOptions
+    from dendsam_deploy.training.options import SamTrainingOptions as SamTrainingOptions
     from dendsam_deploy.volume.boxes import open_boxes as open_boxes
     from dendsam_deploy.volume.open import open_labels as open_labels
     from dendsam_deploy.volume.open import open_volume as open_volume
@@ -65,12 +65,12 @@ _HOMES = {
     "BundleError": "errors",
     "CheckpointError": "errors",
     "DendsamError": "errors",
-    "DetectorSchedule": "training.detector_loop",
-    "DetectorTrainingOptions": "training.detector",
+    "DetectorSchedule": "training.options",
+    "DetectorTrainingOptions": "training.options",
     "DetectorTrainingResult": "training.detector",
     "EvaluateOptions": "evaluate.scores",
     "ExportOptions": "export.bundle",
-    "FinetuneSamOptions": "training.finetune",
+    "FinetuneSamOptions": "training.options",
     "FinetunedSam": "training.finetune",
     "IncompleteRunError": "errors",
     "InputFileError": "errors",
@@ -80,7 +80,7 @@ _HOMES = {
     "ParityReport": "bundle.parity",
     "PhantomOptions": "volume.phantom",
     "Progress": "progress",
-    "SamTrainingOptions": "training.sam",
+    "SamTrainingOptions": "training.options",
     "ScoreReport": "evaluate.scores",
     "SegmentOptions": "pipeline.job",
     "SegmentResult": "pipeline.record",

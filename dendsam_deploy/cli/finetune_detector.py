@@ -6,24 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dendsam_deploy.cli.options import (
-    PATH,
-    SLICES,
-    VOXEL_SIZE,
-    Settings,
-    command,
-    extra,
-    json_option,
-    output_option,
-)
+from dendsam_deploy.cli.options import PATH, Settings, command, data_options, extra, json_option, output_option
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from dendsam_deploy.cli.console import Console
 
-SETTINGS = Settings("dendsam_deploy.training.detector:DetectorTrainingOptions")
-SCHEDULE = Settings("dendsam_deploy.training.detector_loop:DetectorSchedule")
+SETTINGS = Settings("dendsam_deploy.training.options:DetectorTrainingOptions")
+SCHEDULE = Settings("dendsam_deploy.training.options:DetectorSchedule")
 
 
 @command("detector", "finetune detector ca1.tif ca1-labels.tif -o ca1-yolo.pt --minutes 30 --slices 0:100")
@@ -35,12 +26,7 @@ SCHEDULE = Settings("dendsam_deploy.training.detector_loop:DetectorSchedule")
 @SETTINGS.option("--image-size", "tile_size_px", int, "Side of the tiles, px.")
 @SCHEDULE.option("--minutes", "minutes", click.FloatRange(0, min_open=True), "Longest training time.")
 @SCHEDULE.option("--epochs", "epochs", click.IntRange(1), "Most epochs.")
-@SETTINGS.option("--slices", "slices", SLICES, "Slices to use, for training and judging together.")
-@SETTINGS.option("--holdout", "holdout_fraction", float, "Part of them, the last block, that only judges.")
-@SETTINGS.option("--gap", "gap", int, "Slices between the two blocks that serve neither.")
-@SETTINGS.option("--zoom", "zoom", float, "Model px per slice px.  [default: planned from the objects]")
-@SETTINGS.option("--background-label", "background_labels", [int], "Label that is no object. Repeatable.")
-@SETTINGS.option("--voxel-size", "voxel_size_nm", VOXEL_SIZE, "nm, in place of what the file records.")
+@data_options(SETTINGS)
 @SCHEDULE.option("--seed", "seed", int, "Source of every random choice.")
 @SCHEDULE.option("--device", "device", str, "cpu or cuda[:N].")
 @SETTINGS.flag("--no-resume", "resume", "Begin anew where an interrupted run could go on.")
@@ -53,13 +39,15 @@ def finetune_detector(context: click.Context, volume: Path, labels: Path, out: P
     held out; the weights that find its objects best are kept.
     """
     with extra("train"):
-        from dendsam_deploy.training import detector, detector_loop
+        from dendsam_deploy.training.detector import finetune_detector
+
+    from dendsam_deploy.training.options import DetectorSchedule, DetectorTrainingOptions
 
     console: Console = context.obj
-    schedule = detector_loop.DetectorSchedule(**SCHEDULE.given(context))
-    options = detector.DetectorTrainingOptions(out=out, schedule=schedule, **SETTINGS.given(context))
+    schedule = DetectorSchedule(**SCHEDULE.given(context))
+    options = DetectorTrainingOptions(out=out, schedule=schedule, **SETTINGS.given(context))
     with console.progress() as progress:
-        result = detector.finetune_detector(volume, labels, options, progress)
+        result = finetune_detector(volume, labels, options, progress)
     for warning in result.warnings:
         console.note(warning)
     (first, stop), scores = result.held_out_slices, result.scores

@@ -6,26 +6,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dendsam_deploy.cli.options import (
-    PATH,
-    SLICES,
-    VOXEL_SIZE,
-    Settings,
-    command,
-    extra,
-    json_option,
-    output_option,
-)
+from dendsam_deploy.cli.options import PATH, Settings, command, data_options, extra, json_option, output_option
+from dendsam_deploy.models.architectures import MODEL_TYPES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from dendsam_deploy.cli.console import Console
 
-SETTINGS = Settings("dendsam_deploy.training.finetune:FinetuneSamOptions")
-SCHEDULE = Settings("dendsam_deploy.training.sam:SamTrainingOptions")
+SETTINGS = Settings("dendsam_deploy.training.options:FinetuneSamOptions")
+SCHEDULE = Settings("dendsam_deploy.training.options:SamTrainingOptions")
 
-MODELS = click.Choice(["tiny", "vit_t", "vit_b", "vit_l", "vit_h"])
+MODELS = click.Choice(MODEL_TYPES)
 
 
 @command("sam", "finetune sam ca1.tif ca1-labels.tif -o ca1-sam.pt --minutes 30 --slices 0:100")
@@ -38,12 +30,7 @@ MODELS = click.Choice(["tiny", "vit_t", "vit_b", "vit_l", "vit_h"])
 @SETTINGS.option("--image-size", "image_size", int, "Side of the model's input, px.  [default: that of the weights]")
 @SCHEDULE.option("--minutes", "minutes", click.FloatRange(0, min_open=True), "Longest training time.")
 @SCHEDULE.option("--steps", "steps", click.IntRange(1), "Most optimiser steps.")
-@SETTINGS.option("--slices", "slices", SLICES, "Slices to use, for training and judging together.")
-@SETTINGS.option("--holdout", "holdout_fraction", float, "Part of them, the last block, that only judges.")
-@SETTINGS.option("--gap", "gap", int, "Slices between the two blocks that serve neither.")
-@SETTINGS.option("--zoom", "zoom", float, "Model px per slice px.  [default: planned from the objects]")
-@SETTINGS.option("--background-label", "background_labels", [int], "Label that is no object. Repeatable.")
-@SETTINGS.option("--voxel-size", "voxel_size_nm", VOXEL_SIZE, "nm, in place of what the file records.")
+@data_options(SETTINGS)
 @SCHEDULE.option("--seed", "seed", int, "Source of every random choice.")
 @SCHEDULE.option("--device", "device", str, "cpu or cuda[:N].")
 @SETTINGS.flag("--no-resume", "resume", "Begin anew where an interrupted run could go on.")
@@ -56,8 +43,9 @@ def finetune_sam(context: click.Context, volume: Path, labels: Path, out: Path, 
     held out; the weights that segment it best are kept.
     """
     with extra("train"):
-        from dendsam_deploy.training.finetune import FinetuneSamOptions, finetune_sam
-        from dendsam_deploy.training.sam import SamTrainingOptions
+        from dendsam_deploy.training.finetune import finetune_sam
+
+    from dendsam_deploy.training.options import FinetuneSamOptions, SamTrainingOptions
 
     console: Console = context.obj
     schedule = SamTrainingOptions(**SCHEDULE.given(context))

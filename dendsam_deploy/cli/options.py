@@ -267,6 +267,30 @@ def runtime_options(function: Function) -> Function:
     return function
 
 
+def data_options(settings: Settings) -> Callable[[Function], Function]:
+    """Add what a training takes from a labelled volume: the fields of ``training.options.DataOptions``.
+
+    Parameters
+    ----------
+    settings : Settings
+        Those of an options class that has these fields.
+    """
+
+    def decorate(function: Function) -> Function:
+        for option in (
+            settings.option("--voxel-size", "voxel_size_nm", VOXEL_SIZE, "nm, in place of what the file records."),
+            settings.option("--background-label", "background_labels", [int], "Label that is no object. Repeatable."),
+            settings.option("--zoom", "zoom", float, "Model px per slice px.  [default: planned from the objects]"),
+            settings.option("--gap", "gap", int, "Slices between the two blocks that serve neither."),
+            settings.option("--holdout", "holdout_fraction", float, "Part of them, the last block, that only judges."),
+            settings.option("--slices", "slices", SLICES, "Slices to use, for training and judging together."),
+        ):
+            function = option(function)
+        return function
+
+    return decorate
+
+
 def _say_less(context: click.Context, parameter: click.Parameter, is_quiet: bool) -> None:
     if is_quiet:
         context.ensure_object(Console).set_verbosity(-1)

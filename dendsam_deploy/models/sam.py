@@ -10,9 +10,7 @@ Kirillov et al. 2023, "Segment Anything", arXiv:2304.02643; github.com/facebookr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
 
 import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
@@ -20,10 +18,14 @@ from torch import nn
 
 from dendsam_deploy.errors import InvalidArgumentError
 from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX
+from dendsam_deploy.models.architectures import (
+    ENCODER_SHAPES,
+    MODEL_TYPES,
+    EncoderShape,
+    ModelType,
+    default_image_size,
+)
 from dendsam_deploy.models.tiny_vit import TinyViTEncoder
-
-ModelType = Literal["vit_b", "vit_l", "vit_h", "vit_t", "tiny"]
-MODEL_TYPES: tuple[ModelType, ...] = get_args(ModelType)
 
 SMALLEST_IMAGE_PX = 64
 LARGEST_IMAGE_PX = 4096
@@ -32,33 +34,6 @@ LARGEST_IMAGE_PX = 4096
 EMBEDDING_CHANNELS = 256
 PIXEL_MEAN_RGB = (123.675, 116.28, 103.53)
 PIXEL_STD_RGB = (58.395, 57.12, 57.375)
-
-
-@dataclass(frozen=True, slots=True)
-class EncoderShape:
-    """Dimensions of a plain vision transformer; windows and patches in tokens and px."""
-
-    width: int
-    depth: int
-    heads: int
-    global_blocks: tuple[int, ...]
-    window: int
-    default_image_size: int
-
-
-# vit_t is a TinyViT, not a plain vision transformer: see models/tiny_vit.py.
-ENCODER_SHAPES: dict[ModelType, EncoderShape] = {
-    "vit_b": EncoderShape(768, 12, 12, (2, 5, 8, 11), 14, 1024),
-    "vit_l": EncoderShape(1024, 24, 16, (5, 11, 17, 23), 14, 1024),
-    "vit_h": EncoderShape(1280, 32, 16, (7, 15, 23, 31), 14, 1024),
-    "tiny": EncoderShape(192, 8, 3, (3, 7), 8, 384),
-}
-
-
-def default_image_size(model_type: ModelType) -> int:
-    """Return the side, in px, of the input for which a model type was designed."""
-    shape = ENCODER_SHAPES.get(model_type)
-    return shape.default_image_size if shape else 1024
 
 
 def build_sam(model_type: ModelType, image_size: int | None = None) -> Sam:

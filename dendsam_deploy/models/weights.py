@@ -21,8 +21,9 @@ import torch
 from torch.nn import functional
 
 from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, StorageError
+from dendsam_deploy.models.architectures import ENCODER_SHAPES, MODEL_TYPES, ModelType, default_image_size
 from dendsam_deploy.models.pickled_names import pickled_names
-from dendsam_deploy.models.sam import ENCODER_SHAPES, MODEL_TYPES, ModelType, build_sam, default_image_size
+from dendsam_deploy.models.sam import build_sam
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,7 +58,7 @@ class TrainingRecord:
     Parameters
     ----------
     model_type : str
-        One of `models.sam.MODEL_TYPES`.
+        One of `models.architectures.MODEL_TYPES`.
     image_size : int
         Side of the input, px.
     model_pixel_size_nm : float or None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -10,10 +9,8 @@ import numpy as np
 from dendsam_deploy.errors import VolumeError
 from dendsam_deploy.training.samples import (
     MIN_OBJECT_PX,
-    LabelledVolume,
     Tile,
     TileObjects,
-    TileRecipe,
     coverage,
     jittered_boxes,
     random_points,
@@ -26,20 +23,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dendsam_deploy.training.sam import SamTrainingOptions
+    from dendsam_deploy.training.options import SamTrainingOptions
+    from dendsam_deploy.training.source import TrainingSource
 
 MOST_TILES_DRAWN = 5000
 """Tiles drawn for one step, nearly all of them without an object, before training gives up."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingSource:
-    """One labelled volume to learn from: the slices to train on, those to judge by, and how tiles are cut."""
-
-    train: LabelledVolume
-    held_out: LabelledVolume
-    recipe: TileRecipe
-    weight: float = 1.0
 
 
 class Batch(NamedTuple):

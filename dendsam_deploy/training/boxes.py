@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ObjectBoxes", "boxes_from_labels", "label_components", "plan_zoom", "split_blocks"]
 
-TYPICAL_OBJECT_PX = 32.0
-"""Side to which the median object is brought, model px: 2 cells of the embedding, 8 of a mask, 4 of the detector."""
+TYPICAL_OBJECT_PX = 45.0
+"""Side to which the median object is brought, model px: 3 cells of the embedding, 11 of a mask, 6 of the detector."""
 
 
 def split_blocks(

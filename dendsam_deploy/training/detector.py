@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dendsam_deploy.errors import DendsamError, InvalidArgumentError, VolumeError
+from dendsam_deploy.errors import DendsamError
 from dendsam_deploy.models.detector import (
     DetectorRecord,
     YoloDetector,
@@ -24,9 +23,7 @@ from dendsam_deploy.models.detector import (
 )
 from dendsam_deploy.models.detector_graph import candidate_count
 from dendsam_deploy.progress import ProgressCallback, no_progress
-from dendsam_deploy.training.boxes import plan_zoom, split_blocks
 from dendsam_deploy.training.detector_loop import (
-    DetectorSchedule,
     HeldOutScores,
     LoopPlan,
     train_detector,
@@ -40,9 +37,11 @@ from dendsam_deploy.training.detector_tiles import (
 )
 from dendsam_deploy.training.device import check_device
 from dendsam_deploy.training.resume_folder import ResumeFolder
-from dendsam_deploy.training.samples import LabelledVolume, TileRecipe
-from dendsam_deploy.volume.open import open_labels, open_volume
+from dendsam_deploy.training.source import TrainingSource, open_source
 from dendsam_deploy.weights import PACKAGED_DETECTOR
+
+if TYPE_CHECKING:
+    from dendsam_deploy.training.options import DetectorSchedule, DetectorTrainingOptions
 
 DEFAULT_ARCHITECTURE = Path("yolo11n.yaml")
 """What is trained where there are no weights to start from."""
@@ -52,58 +51,6 @@ FINEST_STRIDE_PX = 8
 
 CANDIDATES_PER_OBJECT = 7
 """Overlapping boxes that YOLO draws around one object, roughly."""
-
-
-@dataclass(frozen=True, slots=True)
-class DetectorTrainingOptions:
-    """What to train, and on which slices.
-
-    Parameters
-    ----------
-    out : Path
-        Checkpoint to write.
-    start : Path or None
-        Checkpoint (``.pt``) or architecture (``.yaml``) to start from. None: the packaged weights.
-    from_scratch : bool
-        Start from random weights of that architecture, `DEFAULT_ARCHITECTURE` where none is named.
-    tile_size_px : int
-        Side of the tiles, model px; a multiple of 32.
-    slices : (int, int) or None
-        Half-open range of slices that may be used, for training and for judging together.
-    holdout_fraction : float
-        Part of them, the last block, that judges and never trains.
-    gap : int
-        Slices between the two blocks that serve neither.
-    zoom : float or None
-        Model px per slice px; None: planned from the size of the objects.
-    background_labels : tuple of int
-        Labels that are not objects, such as a membrane class.
-    voxel_size_nm : (float, float, float) or None
-        Overrides what the file records.
-    resume : bool
-        Go on with an interrupted training of the same settings, if there is one.
-    schedule : DetectorSchedule
-        Length, batch and rate.
-    """
-
-    out: Path
-    start: Path | None = None
-    from_scratch: bool = False
-    tile_size_px: int = 384
-    slices: tuple[int, int] | None = None
-    holdout_fraction: float = 0.15
-    gap: int = 2
-    zoom: float | None = None
-    background_labels: tuple[int, ...] = ()
-    voxel_size_nm: tuple[float, float, float] | None = None
-    resume: bool = True
-    schedule: DetectorSchedule = field(default_factory=DetectorSchedule)
-
-    def __post_init__(self) -> None:
-        if self.tile_size_px < 64 or self.tile_size_px % 32:
-            raise InvalidArgumentError(
-                f"tiles of {self.tile_size_px} px do not suit YOLO; choose a multiple of 32 from 64 on"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,17 +102,6 @@ class DetectorTrainingResult:
         return document
 
 
-@dataclass(frozen=True, slots=True)
-class _TrainingSet:
-    """The tiles on disk and where they come from."""
-
-    train_slices: range
-    held_out_slices: range
-    zoom: float
-    model_pixel_size_nm: float | None
-    boxes: BoxStatistics
-
-
 def finetune_detector(
     volume_path: Path, labels_path: Path, options: DetectorTrainingOptions, progress: ProgressCallback = no_progress
 ) -> DetectorTrainingResult:
@@ -193,7 +129,8 @@ def finetune_detector(
     earlier_s = folder.open(resume=options.resume)
     started -= earlier_s
     try:
-        tiles = _write_training_set(volume_path, labels_path, options, folder.path)
+        with open_source(volume_path, labels_path, options, options.tile_size_px) as source:
+            boxes = _write_training_set(source, options.schedule, folder.path)
     except DendsamError:
         if not earlier_s:
             folder.remove()
@@ -201,31 +138,32 @@ def finetune_detector(
     plan = LoopPlan(
         folder=folder.path,
         tile_size_px=options.tile_size_px,
-        most_boxes=tiles.boxes.most_per_tile,
+        most_boxes=boxes.most_per_tile,
         from_scratch=options.from_scratch,
         schedule=options.schedule,
         elapsed_s=time.monotonic() - started,
     )
     trained = train_detector(start, plan, progress, folder.note)
+    train, held_out = source.train.slices, source.held_out.slices
     result = DetectorTrainingResult(
         out=str(options.out),
         architecture=start.architecture,
-        zoom=tiles.zoom,
-        model_pixel_size_nm=tiles.model_pixel_size_nm,
-        train_slices=(tiles.train_slices.start, tiles.train_slices.stop),
-        held_out_slices=(tiles.held_out_slices.start, tiles.held_out_slices.stop),
+        zoom=source.recipe.zoom,
+        model_pixel_size_nm=source.model_pixel_size_nm,
+        train_slices=(train.start, train.stop),
+        held_out_slices=(held_out.start, held_out.stop),
         scores=trained.scores,
-        boxes=tiles.boxes,
+        boxes=boxes,
         epochs=trained.epochs,
         seconds=time.monotonic() - started,
         resumed=trained.resumed,
-        warnings=box_warnings(tiles.boxes, options.tile_size_px),
+        warnings=box_warnings(boxes, options.tile_size_px),
     )
     best = load_detector(plan.best)
     origin = {"volume": Path(volume_path).name, "labels": Path(labels_path).name, "seed": options.schedule.seed}
     summary = origin | result.to_document() | {"out": options.out.name}
     threshold = trained.scores.score_threshold
-    record = DetectorRecord(options.tile_size_px, tiles.model_pixel_size_nm, tiles.zoom, threshold, summary)
+    record = DetectorRecord(options.tile_size_px, result.model_pixel_size_nm, result.zoom, threshold, summary)
     save_detector(options.out, best.network, record)
     folder.remove()
     return result
@@ -268,26 +206,10 @@ def _starting_detector(options: DetectorTrainingOptions) -> YoloDetector:
     return detector
 
 
-def _write_training_set(
-    volume_path: Path, labels_path: Path, options: DetectorTrainingOptions, folder: Path
-) -> _TrainingSet:
-    """Cut the tiles to train on and those to judge by."""
-    schedule = options.schedule
-    with ExitStack() as stack:
-        image = stack.enter_context(open_volume(volume_path, options.voxel_size_nm))
-        labels = stack.enter_context(open_labels(labels_path))
-        train, held_out = split_blocks(image.info.shape_zyx[0], options.holdout_fraction, options.gap, options.slices)
-        if not held_out:
-            raise InvalidArgumentError("training needs at least two slices, one of them held out; give more slices")
-        learn = LabelledVolume(image, labels, train, options.background_labels)
-        judge = LabelledVolume(image, labels, held_out, options.background_labels)
-        areas = learn.object_areas()
-        if not len(areas) or not len(judge.object_areas()):
-            raise VolumeError(f"{labels_path}: no object of 25 px or more in the chosen slices; choose other slices")
-        zoom = options.zoom or plan_zoom(areas)
-        recipe = TileRecipe(options.tile_size_px, zoom)
-        least = least_area_px(recipe)
-        boxes = write_tiles(folder, "train", training_tiles(learn, recipe, schedule.tile_count, schedule.seed), least)
-        write_tiles(folder, "val", held_out_tiles(judge, recipe, schedule.judge_tiles), least)
-        voxel_size = image.info.voxel_size_nm
-    return _TrainingSet(train, held_out, zoom, None if voxel_size is None else voxel_size[1] / zoom, boxes)
+def _write_training_set(source: TrainingSource, schedule: DetectorSchedule, folder: Path) -> BoxStatistics:
+    """Cut the tiles to train on and those to judge by; say what the former hold."""
+    recipe, least = source.recipe, least_area_px(source.recipe)
+    tiles = training_tiles(source.train, recipe, schedule.tile_count, schedule.seed)
+    boxes = write_tiles(folder, "train", tiles, least)
+    write_tiles(folder, "val", held_out_tiles(source.held_out, recipe, schedule.judge_tiles), least)
+    return boxes

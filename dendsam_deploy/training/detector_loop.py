@@ -16,7 +16,6 @@ from torch.utils.data import RandomSampler
 
 from dendsam_deploy.errors import (
     CheckpointError,
-    InvalidArgumentError,
     MissingCapabilityError,
     StorageError,
 )
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.models.detector import YoloDetector
     from dendsam_deploy.progress import ProgressCallback
+    from dendsam_deploy.training.options import DetectorSchedule
 
 _RATE_FROM_SCRATCH, _RATE_FROM_WEIGHTS = 2e-3, 5e-4
 _LARGEST_BATCH = 32  # larger ones leave too few steps
@@ -54,60 +54,6 @@ _AUGMENTATION: dict[str, object] = {
     "auto_augment": None,
     "erasing": 0.0,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class DetectorSchedule:
-    """Length and steps of a training; it ends at whichever of `minutes` and `epochs` comes first.
-
-    Parameters
-    ----------
-    minutes : float or None
-        Time for everything, from reading the volume to the last judgement.
-    epochs : int or None
-        Number of epochs. With `minutes` None the result depends on the seed alone.
-    tiles : int or None
-        Random tiles cut from the training slices. None: 600 on the CPU, 4000 on a GPU.
-    tiles_per_epoch : int or None
-        Tiles drawn from them between two judgements. None: 96 on the CPU, 1280 on a GPU.
-    judge_tiles : int
-        About how many held-out tiles judge an epoch.
-    batch : int or None
-        Tiles per step. None: 8 on the CPU; on a GPU what its memory allows, at most 32.
-    learning_rate : float or None
-        Peak rate of AdamW. None: 5e-4 for weights that were trained before, 2e-3 for random ones.
-    seed : int
-        Source of every random choice.
-    device : str
-        ``cpu`` or ``cuda[:N]``.
-    """
-
-    minutes: float | None = 20.0
-    epochs: int | None = None
-    tiles: int | None = None
-    tiles_per_epoch: int | None = None
-    judge_tiles: int = 24
-    batch: int | None = None
-    learning_rate: float | None = None
-    seed: int = 0
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.minutes is None and self.epochs is None:
-            raise InvalidArgumentError("training needs an end: give minutes, epochs or both")
-        numbers = (self.minutes, self.epochs, self.tiles, self.tiles_per_epoch, self.judge_tiles, self.batch)
-        if any(number is not None and number <= 0 for number in numbers):
-            raise InvalidArgumentError("times, numbers of epochs and tiles, and the batch must be positive")
-
-    @property
-    def tile_count(self) -> int:
-        """Tiles to cut."""
-        return self.tiles or (600 if self.device == "cpu" else 4000)
-
-    @property
-    def epoch_tiles(self) -> int:
-        """Tiles per epoch."""
-        return min(self.tile_count, self.tiles_per_epoch or (96 if self.device == "cpu" else 1280))
 
 
 @dataclass(frozen=True, slots=True)

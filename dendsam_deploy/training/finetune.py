@@ -5,88 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, StorageError, VolumeError
-from dendsam_deploy.models.sam import MODEL_TYPES, ModelType, build_sam, initialise
+from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, StorageError
+from dendsam_deploy.models.sam import build_sam, initialise
 from dendsam_deploy.models.weights import TrainingRecord, load_sam, read_tensors, save_sam, write_tensors
 from dendsam_deploy.progress import ProgressCallback, no_progress
-from dendsam_deploy.training.batches import TrainingSource
-from dendsam_deploy.training.boxes import plan_zoom, split_blocks
-from dendsam_deploy.training.sam import SamTrainer, SamTrainingOptions, TrainingState
-from dendsam_deploy.training.samples import MIN_OBJECT_PX, LabelledVolume, TileRecipe
-from dendsam_deploy.volume.open import open_labels, open_volume
+from dendsam_deploy.training.sam import SamTrainer, TrainingState
+from dendsam_deploy.training.source import open_source
 from dendsam_deploy.weights import PACKAGED_SAM
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from dendsam_deploy.volume.volume import VolumeReader
-
-
-@dataclass(frozen=True, slots=True)
-class FinetuneSamOptions:
-    """What to fine-tune, on which slices, and for how long.
-
-    Parameters
-    ----------
-    out : Path
-        Checkpoint to write.
-    model_type : str
-        Architecture. ``tiny`` starts from the packaged weights unless `start` says otherwise.
-    start : Path or None
-        Checkpoint to start from; needed for the official architectures.
-    image_size : int or None
-        Side of the model's input, px; None: that of the starting weights.
-    from_scratch : bool
-        Start from random weights.
-    slices : (int, int) or None
-        Half-open range of slices that may be used, for training and for judging together.
-    holdout_fraction : float
-        Part of them, the last block, that judges and never trains.
-    gap : int
-        Slices between the two blocks that serve neither.
-    zoom : float or None
-        Model px per slice px; None: planned from the size of the objects.
-    background_labels : tuple of int
-        Labels that are not objects, such as a membrane class.
-    voxel_size_nm : (float, float, float) or None
-        Overrides what the file records.
-    resume : bool
-        Go on with an interrupted run of the same settings, if there is one.
-    schedule : SamTrainingOptions
-        Length, batch and loss.
-    """
-
-    out: Path
-    model_type: ModelType = "tiny"
-    start: Path | None = None
-    image_size: int | None = None
-    from_scratch: bool = False
-    slices: tuple[int, int] | None = None
-    holdout_fraction: float = 0.15
-    gap: int = 2
-    zoom: float | None = None
-    background_labels: tuple[int, ...] = ()
-    voxel_size_nm: tuple[float, float, float] | None = None
-    resume: bool = True
-    schedule: SamTrainingOptions = field(default_factory=SamTrainingOptions)
-
-    def __post_init__(self) -> None:
-        if self.model_type not in MODEL_TYPES:
-            raise InvalidArgumentError(
-                f"unknown model type {self.model_type!r}; choose one of {', '.join(MODEL_TYPES)}"
-            )
-        if self.from_scratch and self.start is not None:
-            raise InvalidArgumentError("training starts from a checkpoint or from scratch, not both; give one of them")
-        if self.zoom is not None and not 0 < self.zoom < math.inf:
-            raise InvalidArgumentError(f"the zoom is {self.zoom}, expected a positive number of model px per slice px")
+    from dendsam_deploy.models.architectures import ModelType
+    from dendsam_deploy.training.options import FinetuneSamOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,21 +70,17 @@ def finetune_sam(
     _prepare_place(options.out)
     torch.manual_seed(options.schedule.seed)
     sam, image_size = _starting_model(options)
-    with ExitStack() as stack:
-        image = stack.enter_context(open_volume(volume_path, options.voxel_size_nm))
-        labels = stack.enter_context(open_labels(labels_path))
-        source = _training_source(image, labels, options, image_size)
-        saved = _SavedState(options, f"{image.info}|{labels.info}|{source.recipe}")
+    with open_source(volume_path, labels_path, options, image_size) as source:
+        saved = _SavedState(options, f"{source.train.description}|{source.recipe}")
         state = saved.load() if options.resume else None
         trainer = SamTrainer(sam, [source], options.schedule, with_hints=options.model_type == "tiny")
         trained = trainer.run(progress, state, saved.store)
-        voxel_size = image.info.voxel_size_nm
-    zoom, train, held_out = source.recipe.zoom, source.train.slices, source.held_out.slices
+    train, held_out = source.train.slices, source.held_out.slices
     result = FinetunedSam(
         out=str(options.out),
         model_type=options.model_type,
-        zoom=zoom,
-        model_pixel_size_nm=None if voxel_size is None else voxel_size[1] / zoom,
+        zoom=source.recipe.zoom,
+        model_pixel_size_nm=source.model_pixel_size_nm,
         train_slices=(train.start, train.stop),
         held_out_slices=(held_out.start, held_out.stop),
         first_held_out_iou=trained.first_held_out_iou,
@@ -192,25 +125,6 @@ def _starting_model(options: FinetuneSamOptions) -> tuple[nn.Module, int]:
             "name the type of the file"
         )
     return loaded.sam, loaded.record.image_size
-
-
-def _training_source(
-    image: VolumeReader, labels: VolumeReader, options: FinetuneSamOptions, tile_size_px: int
-) -> TrainingSource:
-    """Divide a volume into slices to learn from and slices to judge by, and choose the zoom."""
-    train, held_out = split_blocks(image.info.shape_zyx[0], options.holdout_fraction, options.gap, options.slices)
-    if not held_out:
-        raise InvalidArgumentError("training needs at least two slices, one of them held out; give more slices")
-    learn = LabelledVolume(image, labels, train, options.background_labels)
-    judge = LabelledVolume(image, labels, held_out, options.background_labels)
-    areas = learn.object_areas()
-    for block, found in ((train, areas), (held_out, judge.object_areas())):
-        if not len(found):
-            raise VolumeError(
-                f"{labels.info.source}: no object of {MIN_OBJECT_PX} px or more in slices {block.start}:{block.stop}; "
-                "choose others with slices"
-            )
-    return TrainingSource(learn, judge, TileRecipe(tile_size_px, options.zoom or plan_zoom(areas)))
 
 
 def _record(result: FinetunedSam, image_size: int, data: dict[str, Any]) -> TrainingRecord:

@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dendsam_deploy.errors import InvalidArgumentError
 from dendsam_deploy.geometry import LOGIT_STRIDE_PX
 from dendsam_deploy.models.box_decoder import CELLS_PER_TOKEN, BoxDecoderGraph, DecodedTokens
 from dendsam_deploy.models.image_encoder import ImageEncoderGraph
 from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 from dendsam_deploy.training import judge
 from dendsam_deploy.training.averages import MovingAverage
-from dendsam_deploy.training.batches import Batch, TrainingSource, draw_batch
+from dendsam_deploy.training.batches import Batch, draw_batch
 from dendsam_deploy.training.device import check_device
 from dendsam_deploy.training.losses import DenseHints, MaskLosses, best_alternative, mask_losses
 from dendsam_deploy.training.samples import Tile, boxes_by_region, dense_targets
@@ -36,66 +35,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from segment_anything.modeling import Sam
 
-
-@dataclass(frozen=True, slots=True)
-class SamTrainingOptions:
-    """Choices of a training run; the schedule ends at whichever of `minutes` and `steps` comes first.
-
-    Parameters
-    ----------
-    minutes : float or None
-        Time to train, without the last judgement.
-    steps : int or None
-        Number of optimiser steps. With `minutes` None the result depends on the seed alone, not on the machine's speed.
-    tiles_per_step, objects_per_tile : int
-        Batch: tiles encoded, and objects prompted on each.
-    learning_rate : float or None
-        Peak rate of AdamW. None: 1e-5 as published for the official architectures, 4e-4 for ``tiny``.
-    box_jitter : (float, float)
-        Error of prompted boxes, as fractions of their sides.
-    exact_fraction : float
-        Part of the boxes that stay exact.
-    point_fraction : float
-        Part of the steps that prompt with one point instead of a box.
-    judge_minutes : float
-        Time between judgements on the held-out slices, where there are `minutes`.
-    judge_steps : int or None
-        Steps between judgements, where there are no `minutes`. None: a tenth of `steps`.
-    judge_slices : int
-        Most held-out slices used by a judgement, evenly spaced.
-    seed : int
-        Source of every random choice.
-    device : str
-        ``cpu`` or ``cuda[:N]``.
-    """
-
-    minutes: float | None = 30.0
-    steps: int | None = None
-    tiles_per_step: int = 2
-    objects_per_tile: int = 16
-    learning_rate: float | None = None
-    box_jitter: tuple[float, float] = (0.05, 0.15)
-    exact_fraction: float = 0.3
-    point_fraction: float = 0.1
-    judge_minutes: float = 3.0
-    judge_steps: int | None = None
-    judge_slices: int = 6
-    seed: int = 0
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.minutes is None and self.steps is None:
-            raise InvalidArgumentError("training needs an end: give minutes, steps or both")
-        lengths = ("minutes", "steps", "tiles_per_step", "objects_per_tile", "judge_steps", "judge_slices")
-        for name in (*lengths, "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InvalidArgumentError(f"{name} of a training is {value}, expected more than 0")
-        for name in ("exact_fraction", "point_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InvalidArgumentError(f"{name} of a training is {getattr(self, name)}, expected 0 to 1")
-        if not 0 <= self.box_jitter[0] <= self.box_jitter[1] < 0.5:
-            raise InvalidArgumentError(f"the box jitter is {self.box_jitter}, expected two ascending numbers below 0.5")
+    from dendsam_deploy.training.options import SamTrainingOptions
+    from dendsam_deploy.training.source import TrainingSource
 
 
 @dataclass(frozen=True, slots=True)

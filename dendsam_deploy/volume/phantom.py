@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _SPARSE_SPACING_PX = (8.0, 15.0)  # of axons between labelled dendrites
 _DENSE_SPACING_PX = (13.0, 60.0)  # of profiles that are all labelled
-_SMALLEST_PIECE_PX = 50  # smaller pieces of an object in a slice are slivers of the geometry, not profiles
+_SMALLEST_PIECE_PX = 200  # smaller pieces of an object in a slice are slivers of the geometry, not profiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class Phantom:
         The image.
     labels : ndarray, shape (Z, Y, X), uint32
         Ids of the objects from 1, 0 elsewhere; each id is one 26-connected object. Membranes belong to the object
-        they bound. Pieces under 50 px in a slice are not labelled. A missing slice keeps its true labels.
+        they bound. Pieces under 200 px in a slice are not labelled. A missing slice keeps its true labels.
     voxel_size_nm : (float, float, float)
         Voxel size ``(z, y, x)``.
     missing_slices : tuple of int

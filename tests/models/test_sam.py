@@ -5,7 +5,8 @@ import torch
 from segment_anything import sam_model_registry
 
 from dendsam_deploy.errors import InvalidArgumentError
-from dendsam_deploy.models.sam import MODEL_TYPES, build_sam, default_image_size, initialise
+from dendsam_deploy.models.architectures import MODEL_TYPES, default_image_size
+from dendsam_deploy.models.sam import build_sam, initialise
 
 
 def shapes(sam):
@@ -37,7 +38,7 @@ def test_image_size_decides_the_grid(model_type):
 def test_tiny_is_small_enough_to_package():
     with torch.device("meta"):
         sam = build_sam("tiny")
-    assert sam.image_encoder.img_size == default_image_size("tiny") == 384
+    assert sam.image_encoder.img_size == default_image_size("tiny") == 512
     assert sum(parameter.numel() for parameter in sam.parameters()) < 9_000_000
 
 

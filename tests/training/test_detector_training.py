@@ -18,12 +18,11 @@ from dendsam_deploy.errors import (
 from dendsam_deploy.models.detector import load_detector
 from dendsam_deploy.training.detector import (
     DEFAULT_ARCHITECTURE,
-    DetectorTrainingOptions,
     box_warnings,
     finetune_detector,
 )
-from dendsam_deploy.training.detector_loop import DetectorSchedule
 from dendsam_deploy.training.detector_tiles import BoxStatistics, held_out_tiles, training_tiles, write_tiles
+from dendsam_deploy.training.options import DetectorSchedule, DetectorTrainingOptions
 from dendsam_deploy.training.resume_folder import ResumeFolder
 from dendsam_deploy.training.samples import LabelledVolume, Tile, TileRecipe
 from dendsam_deploy.volume.open import open_labels, open_volume

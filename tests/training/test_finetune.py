@@ -11,8 +11,8 @@ import torch
 
 from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, StorageError, VolumeError
 from dendsam_deploy.models.weights import load_sam
-from dendsam_deploy.training.finetune import FinetuneSamOptions, finetune_sam
-from dendsam_deploy.training.sam import SamTrainingOptions
+from dendsam_deploy.training.finetune import finetune_sam
+from dendsam_deploy.training.options import FinetuneSamOptions, SamTrainingOptions
 
 SCHEDULE = SamTrainingOptions(
     minutes=None, steps=3, judge_steps=2, tiles_per_step=1, objects_per_tile=2, judge_slices=1, learning_rate=1e-3
@@ -94,8 +94,8 @@ class TestResult:
         result = finetuned(data, dataclasses.replace(options, zoom=1.0, voxel_size_nm=(40.0, 7.0, 7.0)), volume="plain")
         assert result.model_pixel_size_nm == 7.0
 
-    def test_the_zoom_brings_typical_objects_to_32_px(self, data, options):
-        assert finetuned(data, dataclasses.replace(options, background_labels=(9,))).zoom == pytest.approx(2**0.5)
+    def test_the_zoom_brings_typical_objects_to_45_px(self, data, options):
+        assert finetuned(data, dataclasses.replace(options, background_labels=(9,))).zoom == 2.0
 
     def test_the_same_seed_gives_the_same_weights(self, data, options):
         finetuned(data, options)

@@ -14,9 +14,11 @@ import torch
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError, VolumeError
 from dendsam_deploy.models.sam import build_sam, initialise
 from dendsam_deploy.training import batches
-from dendsam_deploy.training.batches import TrainingSource, draw_batch
-from dendsam_deploy.training.sam import SamTrainer, SamTrainingOptions
+from dendsam_deploy.training.batches import draw_batch
+from dendsam_deploy.training.options import SamTrainingOptions
+from dendsam_deploy.training.sam import SamTrainer
 from dendsam_deploy.training.samples import LabelledVolume, TileRecipe
+from dendsam_deploy.training.source import TrainingSource
 from dendsam_deploy.volume.array import ArrayVolume
 
 SHORT = SamTrainingOptions(minutes=None, steps=4, tiles_per_step=1, objects_per_tile=3, judge_slices=1)
