@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
 LAYERS = {
     "errors": 0,
+    "durable": 0,
     "progress": 0,
     "geometry": 0,
     "instances": 0,

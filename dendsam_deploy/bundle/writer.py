@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dendsam_deploy.bundle.bundle import MANIFEST_FILE, PARITY_FILE, Bundle, digest_file
 from dendsam_deploy.bundle.parity import parity_to_json
-from dendsam_deploy.errors import InvalidArgumentError, StorageError
+from dendsam_deploy.durable import storage_errors, sync, write_text
+from dendsam_deploy.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import TracebackType
     from typing import Self
 
@@ -82,8 +81,8 @@ class BundleWriter:
         os.umask(umask)
         self.folder.chmod(0o777 & ~umask)
         for path in sorted(self.folder.rglob("*")):
-            _fsync(path)
-        _fsync(self.folder)
+            sync(path)
+        sync(self.folder)
         if self.out.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.replaced-", dir=self.out.parent))
             self.out.rename(old / self.out.name)
@@ -96,7 +95,7 @@ class BundleWriter:
                 shutil.rmtree(old, ignore_errors=True)
         else:
             self.folder.rename(self.out)
-        _fsync(self.out.parent)
+        sync(self.out.parent)
 
 
 def write_parity(bundle: Bundle, report: ParityReport) -> Path:
@@ -113,43 +112,6 @@ def write_parity(bundle: Bundle, report: ParityReport) -> Path:
     return path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file so that readers, and a power failure, see either the old content or the new."""
-    partial = path.with_name(f".{path.name}.partial")
-    with storage_errors(path):
-        try:
-            with partial.open("w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(path)
-            _fsync(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn the refusal of a write into a `StorageError` that names the place and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StorageError(f"{path}: cannot be written ({reason}); free space or choose another place") from error
-
-
 def _is_empty_folder(path: Path) -> bool:
     """Tell whether a path is a folder without entries, which a bundle may take over."""
     return path.is_dir() and not any(path.iterdir())
-
-
-def _fsync(path: Path) -> None:
-    """Flush a file or a folder to disk."""
-    # Windows can neither open nor flush a folder; its renames are durable through the journal of NTFS.
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

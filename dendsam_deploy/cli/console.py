@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from dendsam_deploy.errors import StorageError
+from dendsam_deploy.durable import write_text
 from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ class Console:
         """
         as_json = json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n"
         if json_file is not None and json_file != "-":
-            _write_whole(Path(json_file), as_json)
+            write_text(Path(json_file), as_json)
         sys.stdout.write(as_json if json_file == "-" else f"{text}\n")
         sys.stdout.flush()
 
@@ -183,16 +182,3 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it into place."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(
-            f"{path}: cannot be written ({error.strerror or error}); free space there or choose another place"
-        ) from error

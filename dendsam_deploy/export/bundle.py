@@ -22,7 +22,8 @@ from dendsam_deploy.bundle.manifest import (
 )
 from dendsam_deploy.bundle.parity import ParityReport
 from dendsam_deploy.bundle.reference import StoredReference, save_reference
-from dendsam_deploy.bundle.writer import BundleWriter, storage_errors, write_text
+from dendsam_deploy.bundle.writer import BundleWriter
+from dendsam_deploy.durable import storage_errors, write_text
 from dendsam_deploy.errors import InvalidArgumentError, ParityError
 from dendsam_deploy.export.graphs import GraphExport, onnx_from_torch
 from dendsam_deploy.export.model_card import TrainingFacts, model_card

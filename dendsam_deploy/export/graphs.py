@@ -13,7 +13,7 @@ from dendsam_deploy.bundle.bundle import digest_file
 from dendsam_deploy.bundle.contract import graph_inputs, graph_outputs
 from dendsam_deploy.bundle.external_data import external_data_locations
 from dendsam_deploy.bundle.manifest import GraphSpec
-from dendsam_deploy.bundle.writer import storage_errors
+from dendsam_deploy.durable import storage_errors
 from dendsam_deploy.errors import BundleError
 from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX
 

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dendsam_deploy.errors import CheckpointError, StorageError, UnsafeFileError
+from dendsam_deploy.errors import CheckpointError, UnsafeFileError
 from dendsam_deploy.models.pickled_names import pickled_names
-from dendsam_deploy.models.weights import sha256_of
+from dendsam_deploy.models.weights import save_with_torch, sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -194,7 +194,6 @@ def save_detector(path: Path, trained: nn.Module, record: DetectorRecord) -> Non
     StorageError
         If the file system refuses.
     """
-    partial = path.with_name(f".{path.name}.partial")
     arguments = {"task": "detect", "imgsz": record.tile_size_px}
     network: Any = copy.deepcopy(trained).half()
     network.args = arguments  # those of a training hold paths of the machine that it ran on
@@ -205,18 +204,7 @@ def save_detector(path: Path, trained: nn.Module, record: DetectorRecord) -> Non
         "license": "AGPL-3.0 (https://ultralytics.com/license)",
         RECORD_KEY: dataclasses.asdict(record),
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(
-            f"{path}: cannot write the checkpoint ({error.strerror or error}); free space or choose another place"
-        ) from error
+    save_with_torch(path, content)
 
 
 def new_trainer(settings: Mapping[str, object]) -> Any:  # noqa: ANN401 - an untyped class of ultralytics

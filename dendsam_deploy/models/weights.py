@@ -7,11 +7,9 @@ which also knows how it was trained.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import math
-import os
 import pickle
 import warnings
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from dendsam_deploy.durable import make_folder, published
 from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, StorageError
 from dendsam_deploy.models.architectures import ENCODER_SHAPES, MODEL_TYPES, ModelType, default_image_size
 from dendsam_deploy.models.pickled_names import pickled_names
@@ -178,18 +177,25 @@ def write_tensors(path: Path, content: Mapping[str, Any]) -> None:
     StorageError
         If the file system refuses; an older file of this name is left as it was.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    save_with_torch(path, dict(content))
+
+
+def save_with_torch(path: Path, content: object) -> None:
+    """Write what torch pickles, whole or not at all.
+
+    Raises
+    ------
+    StorageError
+        If the file system refuses; an older file of this name is left as it was.
+    """
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch covers a failed write by a RuntimeError of its own
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise StorageError(f"{path}: cannot write ({_refusal(error)}); free space or choose another place") from error
+        with published(path) as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # torch covers a failed write by a RuntimeError of its own
+        raise StorageError(
+            f"{path}: cannot be written ({_refusal(error)}); free space there or choose another place"
+        ) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dendsam_deploy.pipeline.durable import published
+from dendsam_deploy.durable import published
 from dendsam_deploy.pipeline.journal import DETECTIONS_FILE, INSTANCES_FILE, LABEL_FILES, Journal
 from dendsam_deploy.pipeline.link import LinkOptions, LinkResult, SliceObjects, link_slices
 from dendsam_deploy.pipeline.pieces import paint_instances

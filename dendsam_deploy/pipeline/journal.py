@@ -13,8 +13,8 @@ import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from dendsam_deploy.durable import append_line, make_folder, published, storage_errors, sync
 from dendsam_deploy.errors import IncompleteRunError, InputFileError, InvalidArgumentError
-from dendsam_deploy.pipeline.durable import append_line, make_folder, published, storage_errors, sync_folder
 from dendsam_deploy.pipeline.pieces import bytes_from_instances, instances_from_bytes
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def discard_run(folder: Path) -> None:
     with storage_errors(folder):
         (folder / JOURNAL_FILE).unlink(missing_ok=True)
         if folder.is_dir():
-            sync_folder(folder)
+            sync(folder)
             for entry in sorted(folder.iterdir()):
                 if _is_ours(entry):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from dendsam_deploy.pipeline.durable import published
+from dendsam_deploy.durable import published
 from dendsam_deploy.pipeline.journal import DETECTIONS_FILE, INSTANCES_FILE, RUN_FILE
 
 if TYPE_CHECKING:

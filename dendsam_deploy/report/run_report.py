@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dendsam_deploy.pipeline.durable import published
+from dendsam_deploy.durable import published
 from dendsam_deploy.report.figures import Series, chart_along_z, count_histogram, size_histogram, stage_bars
 from dendsam_deploy.report.page import render_page
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dendsam_deploy.durable import published
 from dendsam_deploy.metrics.summary import ObjectScores, PartitionScores
-from dendsam_deploy.pipeline.durable import published
 from dendsam_deploy.report.figures import Series, chart_along_z, fraction_histogram
 from dendsam_deploy.report.page import render_page
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from typing import TYPE_CHECKING
 
+from dendsam_deploy.durable import write_text
 from dendsam_deploy.errors import CheckpointError, StorageError
 
 if TYPE_CHECKING:
@@ -65,9 +66,7 @@ class ResumeFolder:
 
     def note(self, elapsed_s: float) -> None:
         """Record that there is something to go on from, and the time that it has taken."""
-        partial = self._note.with_suffix(".partial")
-        partial.write_text(json.dumps({"settings": self._settings, "elapsed_s": elapsed_s}), encoding="utf-8")
-        partial.replace(self._note)
+        write_text(self._note, json.dumps({"settings": self._settings, "elapsed_s": elapsed_s}))
 
     def remove(self) -> None:
         """Forget the training: it is finished."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from dendsam_deploy.errors import InvalidArgumentError, StorageError
+from dendsam_deploy.durable import storage_errors, sync
+from dendsam_deploy.errors import InvalidArgumentError
 from dendsam_deploy.volume.open import is_zarr
 from dendsam_deploy.volume.tiff_labels import TiffLabelSink
 from dendsam_deploy.volume.volume import LabelVolumeSpec, LabelWriter
@@ -100,11 +101,9 @@ class _Publisher:
         self._spec = spec
         self._partial = path.with_name(path.name + ".partial")
         self._next_z = 0
-        try:
+        with storage_errors(path):
             _remove(self._partial)
             self._sink = _create_sink(self._partial, spec)
-        except OSError as error:
-            raise _storage_error(path, error) from error
 
     def write(self, z: int, labels: NDArray[np.uint32]) -> None:
         """Write the labels of slice `z`; see `LabelWriter`."""
@@ -120,10 +119,8 @@ class _Publisher:
                 f"{self._path}: slice {z} holds labels from {labels.min()} to {labels.max()}, "
                 f"expected 0 to {_MAX_LABEL[self._spec.dtype]} ({self._spec.dtype})"
             )
-        try:
+        with storage_errors(self._path):
             self._sink.append(labels.astype(self._spec.dtype, copy=False))
-        except OSError as error:
-            raise _storage_error(self._path, error) from error
         self._next_z += 1
 
     def __enter__(self) -> Self:
@@ -134,11 +131,10 @@ class _Publisher:
     ) -> None:
         is_whole = self._next_z == self._spec.shape_zyx[0]
         try:
-            self._sink.close()
-            if kind is None and is_whole:
-                _publish(self._partial, self._path)
-        except OSError as failure:
-            raise _storage_error(self._path, failure) from failure
+            with storage_errors(self._path):
+                self._sink.close()
+                if kind is None and is_whole:
+                    _publish(self._partial, self._path)
         finally:
             with suppress(OSError):
                 _remove(self._partial)
@@ -152,10 +148,10 @@ def _publish(partial: Path, path: Path) -> None:
     """Give a finished file or folder its name, durably; what had the name before goes."""
     for parent, _, names in os.walk(partial):
         for name in names:
-            _flush(Path(parent, name))
-        _flush(Path(parent))
+            sync(Path(parent, name))
+        sync(Path(parent))
     if partial.is_file():
-        _flush(partial)
+        sync(partial)
         partial.replace(path)
     else:
         # A folder cannot replace a folder in one step: the old one steps aside first.
@@ -165,18 +161,7 @@ def _publish(partial: Path, path: Path) -> None:
             path.rename(aside)
         partial.rename(path)
         _remove(aside)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Ask the operating system to bring a file or folder to the disk."""
-    if os.name == "nt":  # Windows flushes neither folders nor files that are open for reading.
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def _remove(path: Path) -> None:
@@ -185,10 +170,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _storage_error(path: Path, error: OSError) -> StorageError:
-    """Say which file could not be written and why."""
-    return StorageError(
-        f"{path}: cannot be written ({error.strerror or error}); free space there or choose another place"
-    )

@@ -8,7 +8,8 @@ import pytest
 
 from dendsam_deploy.bundle import writer as writer_module
 from dendsam_deploy.bundle.bundle import Bundle
-from dendsam_deploy.bundle.writer import BundleWriter, write_text
+from dendsam_deploy.bundle.writer import BundleWriter
+from dendsam_deploy.durable import write_text
 from dendsam_deploy.errors import BundleError, InvalidArgumentError, StorageError
 
 

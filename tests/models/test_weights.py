@@ -302,7 +302,7 @@ class TestWriting:
         (tmp_path / "file").touch()
         with pytest.raises(StorageError) as error:
             write_tensors(tmp_path / "file" / "out.pt", {"a": torch.zeros(1)})
-        assert "cannot write" in one_line(error)
+        assert "cannot be written" in one_line(error)
 
     def test_a_full_disk_leaves_the_older_file(self, tmp_path):
         path = tmp_path / "out.pt"
@@ -315,6 +315,6 @@ class TestWriting:
                 write_tensors(path, {"a": torch.zeros(1 << 20)})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert one_line(error).startswith(f"{path}: cannot write (File too large); free space")
+        assert one_line(error).startswith(f"{path}: cannot be written (File too large); free space")
         assert path.read_bytes() == before
         assert list(tmp_path.iterdir()) == [path]

@@ -31,9 +31,15 @@ def published(path: Path) -> Iterator[BinaryIO]:
                 stream.flush()
                 os.fsync(stream.fileno())
             partial.replace(path)
-            sync_folder(path.parent)
+            sync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file so that readers, and a power failure, see either the old content or the new."""
+    with published(path) as stream:
+        stream.write(text.encode())
 
 
 def append_line(path: Path, line: str) -> None:
@@ -48,11 +54,11 @@ def make_folder(path: Path) -> None:
     """Make a folder, and its parents where they are missing, and flush its name to the disk."""
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Flush a folder: the names in it, not the content of its files."""
+def sync(path: Path) -> None:
+    """Flush a file, or a folder: the names in it, not the content of its files."""
     if os.name == "nt":  # where a folder cannot be opened, and a rename is durable by itself
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -69,6 +75,6 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"{error.filename or path}: cannot be written ({error.strerror or error}); free space there or choose "
-            "another place, then run the same command again: finished slices are kept"
+            f"{path}: cannot be written ({error.strerror or error}); "
+            "free space there or choose another place, then run the same command again"
         ) from error
