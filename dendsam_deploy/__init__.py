@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from dendsam_deploy.evaluate.scores import EvaluateOptions as EvaluateOptions
     from dendsam_deploy.evaluate.scores import ScoreReport as ScoreReport
     from dendsam_deploy.evaluate.scores import evaluate_labels as evaluate_labels
-    from dendsam_deploy.export.bundle import ExportOptions as ExportOptions
     from dendsam_deploy.export.bundle import export_bundle as export_bundle
+    from dendsam_deploy.export.options import ExportOptions as ExportOptions
     from dendsam_deploy.pipeline.job import SegmentOptions as SegmentOptions
     from dendsam_deploy.pipeline.record import SegmentResult as SegmentResult
     from dendsam_deploy.pipeline.run import segment_volume as segment_volume
@@ -69,7 +69,7 @@ _HOMES = {
     "DetectorTrainingOptions": "training.options",
     "DetectorTrainingResult": "training.detector",
     "EvaluateOptions": "evaluate.scores",
-    "ExportOptions": "export.bundle",
+    "ExportOptions": "export.options",
     "FinetuneSamOptions": "training.options",
     "FinetunedSam": "training.finetune",
     "IncompleteRunError": "errors",

@@ -40,7 +40,8 @@ head:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Export a `tiny` SAM of 128 px and a YOLO of five layers, once for all tests; do not write into the bundle."""
     torch = pytest.importorskip("torch")
-    from dendsam_deploy.export.bundle import ExportOptions, export_bundle  # noqa: PLC0415 - most tests need no torch
+    from dendsam_deploy.export.bundle import export_bundle  # noqa: PLC0415 - most tests need no torch
+    from dendsam_deploy.export.options import ExportOptions  # noqa: PLC0415
     from dendsam_deploy.models.detector import DetectorRecord, load_detector, save_detector  # noqa: PLC0415
     from dendsam_deploy.models.sam import build_sam  # noqa: PLC0415
     from dendsam_deploy.models.weights import TrainingRecord, save_sam  # noqa: PLC0415

@@ -36,11 +36,12 @@ def demo(context: click.Context, out: Path | None, json_file: str | None) -> Non
     segmented and the result is evaluated. The folder keeps all of it.
     """
     with extra("train"):
-        from dendsam_deploy.export.bundle import ExportOptions, export_bundle
+        from dendsam_deploy.export.bundle import export_bundle
 
     from dendsam_deploy.bundle.bundle import Bundle
     from dendsam_deploy.evaluate.parity import verify_bundle
     from dendsam_deploy.evaluate.scores import evaluate_labels
+    from dendsam_deploy.export.options import ExportOptions
     from dendsam_deploy.pipeline.job import SegmentOptions
     from dendsam_deploy.pipeline.run import segment_volume
     from dendsam_deploy.report.run_folder import report_from_run

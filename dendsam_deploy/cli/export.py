@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.cli.console import Console
 
-SETTINGS = Settings("dendsam_deploy.export.bundle:ExportOptions")
+SETTINGS = Settings("dendsam_deploy.export.options:ExportOptions")
 
 
 @command("export", "export --sam ca1-sam.pt --detector ca1-yolo.pt -o exports/ca1")
@@ -38,10 +38,11 @@ def export(context: click.Context, sam: Path, out: Path, no_verify: bool, json_f
     elsewhere: segment --boxes.
     """
     with extra("train"):
-        from dendsam_deploy.export.bundle import ExportOptions, export_bundle
+        from dendsam_deploy.export.bundle import export_bundle
 
     from dendsam_deploy.bundle.bundle import Bundle
     from dendsam_deploy.evaluate.parity import verify_bundle
+    from dendsam_deploy.export.options import ExportOptions
 
     console: Console = context.obj
     options = ExportOptions(sam=sam, out=out, **SETTINGS.given(context))

@@ -27,6 +27,7 @@ from dendsam_deploy.durable import storage_errors, write_text
 from dendsam_deploy.errors import InvalidArgumentError, ParityError
 from dendsam_deploy.export.graphs import GraphExport, onnx_from_torch
 from dendsam_deploy.export.model_card import TrainingFacts, model_card
+from dendsam_deploy.export.options import DEFAULT_OVERLAP_PX, DEFAULT_THRESHOLDS, ExportOptions
 from dendsam_deploy.export.reference import ReferenceOptions, checkpoint_digest, reference_inputs, sam_outputs
 from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX
 from dendsam_deploy.models.box_decoder import BoxDecoderGraph
@@ -41,64 +42,9 @@ if TYPE_CHECKING:
 Gate = Callable[[Path], ParityReport]
 """Judges a finished but unpublished bundle; `evaluate.parity.verify_bundle` with its options filled in."""
 
-DEFAULT_THRESHOLDS = Thresholds(detection_score=0.25, nms_iou=0.6, mask_logit=0.0, min_area_px=25)
-"""Until a validation volume says better; labels under 25 px were left out of training as well."""
-
-DEFAULT_OVERLAP_PX = 128
-"""Objects up to four times as wide as the typical one are seen whole by some tile."""
-
 _REGION_SIZES = (8, 16, 32, 64)
 _STEPS = ("reading the weights", "detector", "encoder", "decoder", "reference", "verifying")
 _PRODUCERS = ("torch", "onnx", "onnxscript", "segment-anything")
-
-
-@dataclass(frozen=True, slots=True)
-class ExportOptions:
-    """What to export, and as what.
-
-    Parameters
-    ----------
-    sam : Path
-        SAM checkpoint.
-    out : Path
-        The bundle's folder, such as ``exports/ca1``.
-    detector : Path or None
-        Ultralytics checkpoint or description (``.pt``, ``.yaml``), or a detector in ONNX. None: boxes are given later.
-    name : str or None
-        Name of the bundle; None takes that of its folder.
-    image_size_px : int or None
-        Side of the model's input; None takes the checkpoint's own.
-    overlap_px : int or None
-        Least overlap of neighbouring tiles; None takes 128, or a third of the side where that is less.
-    model_pixel_size_nm, zoom : float or None
-        Scale of the training images, where the checkpoint does not record it or records it wrongly.
-    thresholds : Thresholds or None
-        What `segment` uses by default. None takes `DEFAULT_THRESHOLDS`, with the score that the detector's training
-        found best, where it recorded one.
-    margin_fraction, margin_px : float
-        Margin of the decoder's region around a box: a fraction of the box's longer side, and tile px on top.
-    reference_volume : Path or None
-        Volume whose sections the graphs are compared on; None takes a phantom.
-    licence : str
-        Licence of the weights.
-    overwrite : bool
-        Whether an existing bundle may be replaced.
-    """
-
-    sam: Path
-    out: Path
-    detector: Path | None = None
-    name: str | None = None
-    image_size_px: int | None = None
-    overlap_px: int | None = None
-    model_pixel_size_nm: float | None = None
-    zoom: float | None = None
-    thresholds: Thresholds | None = None
-    margin_fraction: float = 0.25
-    margin_px: float = 16.0
-    reference_volume: Path | None = None
-    licence: str = "not stated"
-    overwrite: bool = False
 
 
 def export_bundle(options: ExportOptions, gate: Gate | None = None, progress: ProgressCallback = no_progress) -> Path:

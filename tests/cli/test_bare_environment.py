@@ -47,6 +47,16 @@ def test_the_check_of_loaded_packages_can_fail() -> None:
     assert run_python(f"import torch\n{REPORT_LOADED}\nprint(loaded)").out.strip() != "[]"
 
 
+@pytest.mark.parametrize("words", [["export"], ["finetune", "sam"], ["finetune", "detector"], ["demo"]], ids=" ".join)
+def test_help_pages_wait_for_no_training_package(words) -> None:
+    program = (
+        f"from dendsam_deploy.cli.main import main\nassert main({[*words, '-h']}) == 0{REPORT_LOADED}print(loaded)"
+    )
+    outcome = run_python(program)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines()[-1] == "[]"
+
+
 def test_every_help_page_and_module_for_deploying_works_without_the_training_packages() -> None:
     program = f"""{BARE}
 import importlib, pkgutil

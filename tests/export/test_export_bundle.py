@@ -13,9 +13,10 @@ from dendsam_deploy.bundle.bundle import Bundle  # noqa: E402 - after the check 
 from dendsam_deploy.bundle.parity import ParityReport, ParityRow  # noqa: E402
 from dendsam_deploy.bundle.reference import load_reference  # noqa: E402
 from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, ParityError, VolumeError  # noqa: E402
-from dendsam_deploy.export.bundle import ExportOptions, export_bundle  # noqa: E402
+from dendsam_deploy.export.bundle import export_bundle  # noqa: E402
 from dendsam_deploy.export.detector import export_detector  # noqa: E402
 from dendsam_deploy.export.model_card import TrainingFacts, model_card  # noqa: E402
+from dendsam_deploy.export.options import ExportOptions  # noqa: E402
 from dendsam_deploy.export.reference import ReferenceOptions, reference_inputs  # noqa: E402
 from dendsam_deploy.models.detector import DetectorRecord, load_detector  # noqa: E402
 from dendsam_deploy.models.detector_scale import detector_input_size  # noqa: E402
