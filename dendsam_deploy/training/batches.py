@@ -89,7 +89,7 @@ def draw_batch(sources: Sequence[TrainingSource], options: SamTrainingOptions, r
             prompts.append(random_points(tile.objects, objects.numbers, objects.boxes_xyxy, rng))
         else:
             prompts.append(jittered_boxes(objects.boxes_xyxy, options.box_jitter, options.exact_fraction, rng))
-        if len(tiles) == options.tiles_per_step:
+        if len(tiles) == (options.tiles_per_step or 1):
             return Batch(
                 tiles=tuple(tiles),
                 numbers=np.concatenate([objects.numbers for objects in chosen]),

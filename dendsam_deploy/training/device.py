@@ -1,10 +1,15 @@
-"""Which device trains."""
+"""Which device trains, and how much fits into its memory."""
 
 from __future__ import annotations
 
 import torch
 
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError
+
+MOST_TILES_PER_STEP = 8
+"""Larger batches leave too few steps within the usual training times."""
+
+_USABLE_FRACTION = 0.8  # of the free memory; the rest is for fragments and for tiles with more objects
 
 
 def check_device(device: str) -> None:
@@ -27,3 +32,19 @@ def check_device(device: str) -> None:
         raise InvalidArgumentError(f"{device!r} is no device to train on; choose cpu, cuda or cuda:N")
     if int(number or 0) >= torch.cuda.device_count():
         raise MissingCapabilityError(f"{device} is not available to torch on this machine; train on the cpu")
+
+
+def tiles_that_fit(free_bytes: int, fixed_bytes: int, bytes_per_tile: int) -> int:
+    """Return how many tiles of a step fit into memory, 1 to `MOST_TILES_PER_STEP`.
+
+    Parameters
+    ----------
+    free_bytes : int
+        Free memory before the first step.
+    fixed_bytes : int
+        What training needs whatever the batch: gradients and the optimiser's moments.
+    bytes_per_tile : int
+        Measured peak of a step of one tile.
+    """
+    usable = _USABLE_FRACTION * free_bytes - fixed_bytes
+    return int(min(max(usable // max(bytes_per_tile, 1), 1), MOST_TILES_PER_STEP))

@@ -55,8 +55,10 @@ class SamTrainingOptions:
         Time to train, without the last judgement.
     steps : int or None
         Number of optimiser steps. With `minutes` None the result depends on the seed alone, not on the machine's speed.
-    tiles_per_step, objects_per_tile : int
-        Batch: tiles encoded, and objects prompted on each.
+    tiles_per_step : int or None
+        Tiles encoded in a step. None: one on the CPU, whose caches hold no more; on a GPU what its memory allows.
+    objects_per_tile : int
+        Most objects prompted on each tile.
     learning_rate : float or None
         Peak rate of AdamW. None: 1e-5 as published for the official architectures, 4e-4 for ``tiny``.
     box_jitter : (float, float)
@@ -79,7 +81,7 @@ class SamTrainingOptions:
 
     minutes: float | None = 30.0
     steps: int | None = None
-    tiles_per_step: int = 2
+    tiles_per_step: int | None = None
     objects_per_tile: int = 16
     learning_rate: float | None = None
     box_jitter: tuple[float, float] = (0.05, 0.15)

@@ -25,7 +25,7 @@ from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 from dendsam_deploy.training import judge
 from dendsam_deploy.training.averages import MovingAverage
 from dendsam_deploy.training.batches import Batch, draw_batch
-from dendsam_deploy.training.device import check_device
+from dendsam_deploy.training.device import check_device, tiles_that_fit
 from dendsam_deploy.training.losses import DenseHints, MaskLosses, best_alternative, mask_losses
 from dendsam_deploy.training.samples import Tile, boxes_by_region, dense_targets
 
@@ -99,6 +99,8 @@ class SamTrainer:
         self.optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
         self.peak_rate = rate
         self.average = MovingAverage(self.sam)
+        if options.tiles_per_step is None:
+            self.options = dataclasses.replace(options, tiles_per_step=self._fitting_tiles())
 
     def run(
         self,
@@ -190,6 +192,16 @@ class SamTrainer:
         for group in self.optimiser.param_groups:
             group["lr"] = self.peak_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
         batch = draw_batch(self.sources, self.options, np.random.default_rng([self.options.seed, step]))
+        loss, iou = self._loss(batch)
+        self.optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.sam.parameters(), 1.0)
+        self.optimiser.step()
+        self.average.update(self.sam)
+        return float(loss.detach()), float(iou)
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss of a batch, and the mean IoU of its masks."""
         images = self._tensor(np.stack([tile.image for tile in batch.tiles]))
         sizes = torch.tensor([tile.size_hw for tile in batch.tiles], device=self.device)
         self.sam.train()
@@ -200,12 +212,22 @@ class SamTrainer:
         loss = (losses.dice + 2 * losses.cross_entropy + losses.iou_error).mean()
         if self.hints is not None:
             loss = loss + 0.5 * self.hints(embeddings, *self._dense_targets(batch.tiles))
+        return loss, losses.iou.mean()
+
+    def _fitting_tiles(self) -> int:
+        """Return how many tiles to encode in a step; on a GPU one is tried out."""
+        if self.device.type == "cpu":
+            return 1
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        one = dataclasses.replace(self.options, tiles_per_step=1)
+        torch.autograd.backward(self._loss(draw_batch(self.sources, one, np.random.default_rng(one.seed)))[0])
+        peak = torch.cuda.max_memory_allocated(self.device) - before
         self.optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.sam.parameters(), 1.0)
-        self.optimiser.step()
-        self.average.update(self.sam)
-        return float(loss.detach()), float(losses.iou.mean())
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.sam.parameters())
+        # Gradients and two moments of AdamW, each as large as the weights.
+        return tiles_that_fit(free_bytes, 3 * weights, peak)
 
     def _dense_targets(self, tiles: Sequence[Tile]) -> tuple[Tensor, Tensor, Tensor]:
         """Return borders, offsets and where these hold, for all tiles."""

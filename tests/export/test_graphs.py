@@ -162,8 +162,6 @@ def test_vit_b_equals_segment_anything(tmp_path: Path):
 
 @pytest.mark.slow
 def test_trained_weights_equal_segment_anything(tmp_path: Path):
-    if not PACKAGED_SAM.is_file():
-        pytest.skip("the demonstration weights are not in this checkout")
     sam = load_sam(PACKAGED_SAM).sam
     cells = sam.image_encoder.img_size // 16
     assert_equals_segment_anything(sam, tmp_path, [(1, cells), (3, cells), (17, 8), (64, 8)])

@@ -97,8 +97,6 @@ def test_the_decoder_of_vit_b_for_1_3_17_and_64_boxes():
 
 @torch.no_grad()
 def test_a_trained_model():
-    if not PACKAGED_SAM.is_file():
-        pytest.skip("the demonstration weights are not packaged yet")
     sam = load_sam(PACKAGED_SAM).sam
     side = sam.image_encoder.img_size
     embedding = sam.image_encoder(torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(4)))
