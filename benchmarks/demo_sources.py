@@ -30,6 +30,7 @@ PHANTOM_ZOOM = 2**0.5
 MEDULLA_ZOOM = 2**1.5
 SCALE_OCTAVES = 0.5
 PHANTOM_SHAPE = (8, 448, 448)
+PHANTOM_MODEL_PIXEL_NM = PhantomOptions().voxel_size_nm[2] / PHANTOM_ZOOM
 
 
 @contextmanager

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from demo_sources import DATA, HELD_OUT_SECTIONS, medulla_source, phantom_source
+from demo_sources import (
+    DATA,
+    HELD_OUT_SECTIONS,
+    PHANTOM_MODEL_PIXEL_NM,
+    PHANTOM_ZOOM,
+    medulla_source,
+    phantom_source,
+)
 
 from dendsam_deploy.models.architectures import default_image_size
 from dendsam_deploy.models.sam import build_sam, initialise
@@ -34,7 +41,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="checkpoint to go on from")
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--image-size", type=int, default=default_image_size("tiny"), help="side of the input, px")
-    parser.add_argument("--tiles", type=int, default=2, help="tiles a step")
+    parser.add_argument("--tiles", type=int, default=1, help="tiles a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -72,7 +79,8 @@ def save(path: Path, state: dict[str, torch.Tensor], size: int, iou: float, step
     half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     held_out = [HELD_OUT_SECTIONS.start, HELD_OUT_SECTIONS.stop]
     summary = {"data": DATA, "held_out_sections": held_out, "held_out_iou": iou, "steps": steps}
-    save_sam(path, half, TrainingRecord("tiny", size, summary=summary))
+    # Trained at two scales; the record names that of the demonstration, since a fine-tuning records its own anyway.
+    save_sam(path, half, TrainingRecord("tiny", size, PHANTOM_MODEL_PIXEL_NM, PHANTOM_ZOOM, summary))
 
 
 class Keeper:
