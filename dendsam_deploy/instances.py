@@ -61,18 +61,22 @@ class Masks:
         The tile in whose frame each mask lies.
     predicted_iou : ndarray, shape (N,), float32
         The model's own estimate of each mask's IoU.
+    box_index : ndarray, shape (N,), int64
+        The box that prompted each mask, ascending. A box that no tile shows whole prompts one mask in each of several.
     """
 
     logits: tuple[NDArray[np.float32], ...]
     origins_yx: NDArray[np.int64]
     tile_index: NDArray[np.int64]
     predicted_iou: NDArray[np.float32]
+    box_index: NDArray[np.int64]
 
     def __post_init__(self) -> None:
         count = len(self.logits)
         _check_array(self.origins_yx, "origins_yx", np.int64, (count, 2))
         _check_array(self.tile_index, "tile_index", np.int64, (count,))
         _check_array(self.predicted_iou, "predicted_iou", np.float32, (count,))
+        _check_array(self.box_index, "box_index", np.int64, (count,))
 
     def __len__(self) -> int:
         return len(self.logits)

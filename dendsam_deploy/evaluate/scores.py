@@ -43,6 +43,9 @@ class EvaluateOptions:
     as_2d : bool
         Labels hold for one slice only, in both volumes: the scores of the volume are then those of the 2-D objects of
         all slices together, whose background stays one segment to VI and adapted Rand.
+    first_slice : int or None
+        Slice of the truth that the first slice of the labels shows; None takes what the run's record says, and needs
+        volumes of equal depth where there is none.
     """
 
     slices: range | None = None
@@ -190,7 +193,7 @@ def evaluate_labels(
     """
     options = options or EvaluateOptions()
     found = find_segmentation(Path(labels_path))
-    if options.first_slice is None and found.first_slice:
+    if options.first_slice is None and found.first_slice is not None:
         options = replace(options, first_slice=found.first_slice)
     with open_labels(found.path) as labels, open_labels(truth_path) as truth:
         return score_volumes(labels, truth, options, progress)

@@ -48,6 +48,20 @@ class Claim:
         return self.evidence[y0 : y0 + window.height, x0 : x0 + window.width]
 
 
+def united(claims: Sequence[Claim]) -> Claim:
+    """Return one claim with the larger evidence of several at each pixel."""
+    filled = [claim for claim in claims if claim.area_px]
+    if len(filled) < 2:
+        return (*filled, *claims)[0]
+    y0, x0 = min(c.window.y0 for c in filled), min(c.window.x0 for c in filled)
+    y1, x1 = max(c.window.y1 for c in filled), max(c.window.x1 for c in filled)
+    whole = Claim(Window(y0, x0, y1 - y0, x1 - x0), np.zeros((y1 - y0, x1 - x0), np.uint8))
+    for claim in filled:
+        part = whole.part(claim.window)
+        np.maximum(part, claim.evidence, out=part)
+    return whole
+
+
 def claim_from_logits(patch: LogitWindow, mask_logit: float) -> Claim:
     """Turn a mask's logits into the claim ``1 + floor(254 min(1, (l - t) / (median - t)))`` where ``l > t``.
 

@@ -100,7 +100,11 @@ class BoxDecoder:
 
 
 def decode_masks(
-    boxes_xyxy: NDArray[np.float32], tile_index: NDArray[np.int64], embeddings: Embeddings, decoder: BoxDecoder
+    boxes_xyxy: NDArray[np.float32],
+    box_index: NDArray[np.int64],
+    tile_index: NDArray[np.int64],
+    embeddings: Embeddings,
+    decoder: BoxDecoder,
 ) -> Masks:
     """Decode all boxes of a slice.
 
@@ -108,6 +112,8 @@ def decode_masks(
     ----------
     boxes_xyxy : ndarray, shape (N, 4), float32
         Boxes in the tile px of their tile.
+    box_index : ndarray, shape (N,), int64
+        Which box of the slice each of them is, or is a part of.
     tile_index : ndarray, shape (N,), int64
         The tile of each box.
     embeddings : Embeddings
@@ -138,7 +144,7 @@ def decode_masks(
             logits[index] = cast("NDArray[np.float32]", outputs["logits"][row])
         origins[batch] = outputs["origin"]
         predicted_iou[batch] = outputs["iou"]
-    return Masks(tuple(logits), origins, tile_index, predicted_iou)
+    return Masks(tuple(logits), origins, tile_index, predicted_iou, box_index)
 
 
 def boxes_in_tiles(

@@ -12,7 +12,7 @@ import dendsam_deploy
 from dendsam_deploy.errors import InvalidArgumentError
 from dendsam_deploy.instances import Detections, suppress_duplicates
 from dendsam_deploy.pipeline.finish import LabelFormat, OutputSpec
-from dendsam_deploy.pipeline.journal import Journal, Settings, begin_run, discard_run, input_signature
+from dendsam_deploy.pipeline.journal import Journal, Settings, begin_run, input_signature, restart_run
 from dendsam_deploy.pipeline.link import LinkMethod, LinkOptions
 from dendsam_deploy.pipeline.segment import SliceOptions, SliceRecipe, make_recipe, require_detector
 
@@ -150,9 +150,7 @@ def plan_job(volume_path: Path, volume: VolumeReader, session: Session, options:
         link=LinkOptions(method=options.linker),
     )
     boxes = GivenBoxes(options.boxes, options.detection_score, options.nms_iou) if options.boxes is not None else None
-    folder = options.out or volume_path.with_name(f"{volume_path.name}.dendsam")
-    if options.restart:
-        discard_run(folder)
+    folder = options.out or _default_folder(volume_path)
     settings = {
         "program": dendsam_deploy.__version__,
         "input": _input_settings(volume, output.slices),
@@ -163,8 +161,15 @@ def plan_job(volume_path: Path, volume: VolumeReader, session: Session, options:
         "link": asdict(output.link),
         "format": output.format,
     }
-    journal = begin_run(folder, settings, input_signature(volume_path))
+    begin = restart_run if options.restart else begin_run
+    journal = begin(folder, settings, input_signature(volume_path))
     return Job(volume, session, recipe, boxes, output, journal)
+
+
+def _default_folder(volume_path: Path) -> Path:
+    """Return ``NAME.dendsam`` beside the volume; of a path such as ``.``, the name is that of the folder it means."""
+    named = volume_path if volume_path.name not in ("", "..") else volume_path.resolve()
+    return named.with_name(f"{named.name}.dendsam")
 
 
 def input_digest(image: NDArray[np.generic]) -> str:

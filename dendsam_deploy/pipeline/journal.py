@@ -13,7 +13,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dendsam_deploy.durable import append_line, make_folder, published, storage_errors, sync
+from dendsam_deploy.durable import append_line, make_folder, published, storage_errors, sync, write_text
 from dendsam_deploy.errors import IncompleteRunError, InputFileError, InvalidArgumentError
 from dendsam_deploy.pipeline.pieces import bytes_from_instances, instances_from_bytes
 
@@ -144,7 +144,12 @@ class Journal:
             Where the slice is not there, unaltered. An absent slice is never taken for an empty one.
         """
         path = self.piece_path(z)
-        data = path.read_bytes() if path.is_file() else b""
+        try:
+            data = path.read_bytes() if path.is_file() else b""
+        except OSError as error:
+            raise IncompleteRunError(
+                f"{path}: cannot be read ({error.strerror or error}); make it readable and run the same command again"
+            ) from error
         if z not in self.entries or sha256(data) != self.entries[z].sha256:
             raise IncompleteRunError(f"{path}: slice {z} is missing or altered; run the same command again to redo it")
         return instances_from_bytes(data)
@@ -171,13 +176,9 @@ def begin_run(folder: Path, settings: Settings, signature: str) -> Journal:
     """
     path = folder / JOURNAL_FILE
     if not path.exists():
-        if folder.exists() and not (folder.is_dir() and all(_is_ours(entry) for entry in folder.iterdir())):
+        if folder.exists() and not (folder.is_dir() and all(map(_is_begun, folder.iterdir()))):
             raise InvalidArgumentError(f"{folder}: exists and is no run of this program; choose another --out")
-        make_folder(folder / SLICES_FOLDER)
-        header = RunHeader(fingerprint_of(settings), settings, signature)
-        with published(path) as stream:
-            stream.write(json.dumps(asdict(header), sort_keys=True).encode() + b"\n")
-        return Journal(folder, header, {})
+        return _new_journal(folder, settings, signature)
     journal = read_journal(folder)
     if journal.header.fingerprint != fingerprint_of(settings):
         changes = "; ".join(differences(journal.header.settings, settings)) or "its record was altered"
@@ -216,15 +217,20 @@ def read_journal(folder: Path) -> Journal:
     return Journal(folder, header, {entry.z: entry for entry in entries if entry is not None})
 
 
-def discard_run(folder: Path) -> None:
-    """Remove what runs put into a folder, the journal first: without it, nothing that remains proves anything."""
+def restart_run(folder: Path, settings: Settings, signature: str) -> Journal:
+    """Open a run's folder anew; see `begin_run`. What an earlier run put into it goes, what others put into it stays.
+
+    Only a journal proves that there was a run: in a folder without one, nothing is removed.
+    """
+    path = folder / JOURNAL_FILE
+    if not path.exists():
+        return begin_run(folder, settings, signature)
     with storage_errors(folder):
-        (folder / JOURNAL_FILE).unlink(missing_ok=True)
-        if folder.is_dir():
-            sync(folder)
-            for entry in sorted(folder.iterdir()):
-                if _is_ours(entry):
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for entry in sorted(folder.iterdir()):
+            if _is_ours(entry) and entry != path:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        sync(folder)
+    return _new_journal(folder, settings, signature)
 
 
 def fingerprint_of(settings: Settings) -> str:
@@ -257,6 +263,14 @@ def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _new_journal(folder: Path, settings: Settings, signature: str) -> Journal:
+    """Write the first line, in place of what was in the journal."""
+    make_folder(folder / SLICES_FOLDER)
+    header = RunHeader(fingerprint_of(settings), settings, signature)
+    write_text(folder / JOURNAL_FILE, json.dumps(asdict(header), sort_keys=True) + "\n")
+    return Journal(folder, header, {})
+
+
 def _entry_from_line(line: bytes) -> SliceEntry | None:
     """Read one line; None where it is damaged."""
     try:
@@ -275,8 +289,15 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def _is_ours(entry: Path) -> bool:
-    """Tell whether an entry of a run's folder was put there by a run, finished or partial."""
-    return entry.name.removesuffix(".partial").removeprefix(".") in _OWN_NAMES or entry.name in _OWN_NAMES
+    """Tell whether an entry of a run's folder was put there by a run: finished, partial, or stepping aside."""
+    return entry.name.removesuffix(".partial").removesuffix(".old").removeprefix(".") in _OWN_NAMES
+
+
+def _is_begun(entry: Path) -> bool:
+    """Tell whether an entry of a folder is what a run that was killed before its journal began may have left."""
+    if entry.name == SLICES_FOLDER:
+        return entry.is_dir() and not any(entry.iterdir())
+    return entry.name == f".{JOURNAL_FILE}.partial"
 
 
 def _short(value: object) -> str:

@@ -86,7 +86,7 @@ def paint_masks(
     Parameters
     ----------
     detections : Detections
-        The boxes that prompted the masks, slice px, in the same order.
+        The boxes that prompted the masks, slice px.
     masks : Masks
         Decoded masks.
     plan : TilePlan
@@ -118,12 +118,12 @@ def _candidates(
         claim_from_logits(upsample_mask(masks, index, plan, options.mask_logit), options.mask_logit)
         for index in range(len(masks))
     )
-    found = Candidates(claims, detections, masks.predicted_iou)
+    found = Candidates(claims, detections.take(masks.box_index), masks.predicted_iou)
     # Ordered before masks are joined as well: the rounding of their mean scores must not depend on the input's order.
     order = _canonical_order(found)
     found = found.take(order)
     overlaps = measure_overlaps(found.claims)
-    joined = stitch_tiles(found, masks.tile_index[order], overlaps, plan)
+    joined = stitch_tiles(found, masks.box_index[order], masks.tile_index[order], overlaps, plan)
     if joined is not found:
         found = joined.take(_canonical_order(joined))
         overlaps = measure_overlaps(found.claims)

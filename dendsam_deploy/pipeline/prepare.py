@@ -45,6 +45,34 @@ class TilePlan:
         owner: NDArray[np.int64] = owned.argmax(axis=0).astype(np.int64)
         return owner
 
+    def views(self, boxes_xyxy: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return which tiles are to look at which boxes.
+
+        A box belongs to the tile that owns its centre. One that this tile does not see whole goes to every tile whose
+        own window it meets, since these windows cover the slice and each tile sees some way beyond its own.
+
+        Parameters
+        ----------
+        boxes_xyxy : ndarray, shape (N, 4)
+            Boxes inside the slice, slice px.
+
+        Returns
+        -------
+        box_index, tile_index : ndarray, shape (M,), int64
+            Pairs, ordered by box; every box occurs at least once.
+        """
+        boxes = self.frame.boxes_to_model(boxes_xyxy)
+        owners = self.owners(boxes_xyxy)
+        own = np.array([(t.own.x0, t.own.y0, t.own.x1, t.own.y1) for t in self.tiles], np.float32)
+        read = np.array([(t.read.x0, t.read.y0, t.read.x1, t.read.y1) for t in self.tiles], np.float32)[owners]
+        beyond = np.concatenate([read[:, :2] - boxes[:, :2], boxes[:, 2:] - read[:, 2:]], axis=1).max(axis=1, initial=0)
+        least = np.maximum(boxes[:, None, :2], own[:, :2])
+        most = np.minimum(boxes[:, None, 2:], own[:, 2:])
+        shown = (most > least).all(axis=2) & (beyond > 1)[:, None]  # what hangs over by a pixel is rounding
+        shown[np.arange(len(boxes)), owners] = True
+        box_index, tile_index = np.nonzero(shown)
+        return box_index.astype(np.int64), tile_index.astype(np.int64)
+
 
 def plan_tiles(
     slice_hw: tuple[int, int],

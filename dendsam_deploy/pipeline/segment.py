@@ -9,6 +9,7 @@ import numpy as np
 
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError
 from dendsam_deploy.instances import Detections, Instances, Masks
+from dendsam_deploy.pipeline.claims import claim_from_logits, united
 from dendsam_deploy.pipeline.clock import StageClock
 from dendsam_deploy.pipeline.decode import BoxDecoder, DecodeOptions, boxes_in_tiles, decode_masks, encode_tiles
 from dendsam_deploy.pipeline.detect import DetectOptions, clip_to_slice, detect_objects
@@ -200,11 +201,18 @@ def decode_boxes(
         )
     masks = _decode(prepared, session, detections, recipe, StageClock())
     threshold = recipe.paint.mask_logit
-    fine = [upsample_mask(masks, index, recipe.plan, threshold) for index in range(len(masks))]
-    return [
-        BoxMask(patch.window, patch.logits > threshold, float(quality))
-        for patch, quality in zip(fine, masks.predicted_iou, strict=True)
+    claims = [
+        claim_from_logits(upsample_mask(masks, index, recipe.plan, threshold), threshold) for index in range(len(masks))
     ]
+    found = []
+    for box in range(len(detections)):
+        (parts,) = np.nonzero(masks.box_index == box)
+        whole = united([claims[part] for part in parts])
+        areas_px = [max(claims[part].area_px, 1) for part in parts]
+        found.append(
+            BoxMask(whole.window, whole.evidence > 0, float(np.average(masks.predicted_iou[parts], weights=areas_px)))
+        )
+    return found
 
 
 def require_detector(session: Session) -> Runner:
@@ -226,15 +234,17 @@ def require_detector(session: Session) -> Runner:
 def _decode(
     prepared: PreparedSlice, session: Session, detections: Detections, recipe: SliceRecipe, clock: StageClock
 ) -> Masks:
-    """Encode the tiles that own a box, and decode all boxes; without boxes no graph runs."""
+    """Encode the tiles that look at a box, and decode all boxes; without boxes no graph runs."""
     if len(detections) == 0:
-        return Masks((), np.zeros((0, 2), np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
-    tile_index = recipe.plan.owners(detections.boxes_xyxy)
+        return Masks(
+            (), np.zeros((0, 2), np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64)
+        )
+    box_index, tile_index = recipe.plan.views(detections.boxes_xyxy)
     with clock.measure("encode"):
         embeddings = encode_tiles(prepared, tile_index, session.encoder)
     with clock.measure("decode"):
-        boxes = boxes_in_tiles(detections.boxes_xyxy, tile_index, recipe.plan)
-        return decode_masks(boxes, tile_index, embeddings, BoxDecoder(session.decoder, recipe.decode))
+        boxes = boxes_in_tiles(detections.boxes_xyxy[box_index], tile_index, recipe.plan)
+        return decode_masks(boxes, box_index, tile_index, embeddings, BoxDecoder(session.decoder, recipe.decode))
 
 
 def _shape_hw(image: NDArray[np.uint8]) -> tuple[int, int]:

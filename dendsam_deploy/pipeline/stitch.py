@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dendsam_deploy.geometry import Window
 from dendsam_deploy.instances import Detections
-from dendsam_deploy.pipeline.claims import Claim, Overlaps, intersection
+from dendsam_deploy.pipeline.claims import Claim, Overlaps, intersection, united
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from dendsam_deploy.geometry import Window
     from dendsam_deploy.pipeline.prepare import TilePlan
 
 LEAST_AGREEMENT = 0.6
@@ -53,18 +53,24 @@ class Candidates:
 
 
 def stitch_tiles(
-    candidates: Candidates, tile_index: NDArray[np.int64], overlaps: Overlaps, plan: TilePlan
+    candidates: Candidates,
+    box_index: NDArray[np.int64],
+    tile_index: NDArray[np.int64],
+    overlaps: Overlaps,
+    plan: TilePlan,
 ) -> Candidates:
     """Join the masks that different tiles made of one object.
 
-    Two masks of different tiles are joined where their parts inside the strip that both tiles see have an IoU of at
-    least `LEAST_AGREEMENT`. The joint mask takes the larger evidence at each pixel, the box around both boxes, the
-    higher detection score, and the mean predicted IoU weighted by area.
+    Masks of one box are parts of one object. Two masks of different boxes and tiles are joined where their parts inside
+    the strip that both tiles see have an IoU of at least `LEAST_AGREEMENT`. The joint mask takes the larger evidence at
+    each pixel, the box around both boxes, the higher detection score, and the mean predicted IoU weighted by area.
 
     Parameters
     ----------
     candidates : Candidates
         Masks, each seen by one tile.
+    box_index : ndarray, shape (N,), int64
+        The box of each.
     tile_index : ndarray, shape (N,), int64
         The tile of each.
     overlaps : Overlaps
@@ -77,7 +83,8 @@ def stitch_tiles(
     Candidates
         `candidates` itself where nothing is joined.
     """
-    root = np.arange(len(candidates))
+    _, first, box = np.unique(box_index, return_index=True, return_inverse=True)
+    root = first[box]
     reads = [plan.frame.window_to_slice(tile.read) for tile in plan.tiles]
     rows = zip(overlaps.first.tolist(), overlaps.second.tolist(), overlaps.areas_px.tolist(), strict=True)
     for i, j, shared in rows:
@@ -104,21 +111,10 @@ def _join(candidates: Candidates, root: NDArray[np.intp]) -> Candidates:
     for group in np.unique(root):
         (members,) = np.nonzero(root == group)
         parts = candidates.take(members)
-        claims.append(_union(parts.claims) if len(members) > 1 else parts.claims[0])
+        claims.append(united(parts.claims))
         corners = parts.detections.boxes_xyxy
         boxes.append(np.concatenate([corners[:, :2].min(axis=0), corners[:, 2:].max(axis=0)]))
         scores.append(parts.detections.scores.max())
         quality.append(np.average(parts.predicted_iou, weights=np.maximum(parts.areas_px, 1)))
     joined = Detections(np.array(boxes, np.float32), np.array(scores, np.float32))
     return Candidates(tuple(claims), joined, np.array(quality, np.float32))
-
-
-def _union(claims: tuple[Claim, ...]) -> Claim:
-    """Return one claim with the larger evidence at each pixel."""
-    y0, x0 = min(c.window.y0 for c in claims), min(c.window.x0 for c in claims)
-    y1, x1 = max(c.window.y1 for c in claims), max(c.window.x1 for c in claims)
-    whole = Claim(Window(y0, x0, y1 - y0, x1 - x0), np.zeros((y1 - y0, x1 - x0), np.uint8))
-    for claim in claims:
-        part = whole.part(claim.window)
-        np.maximum(part, claim.evidence, out=part)
-    return whole

@@ -39,6 +39,14 @@ def test_a_partial_run_is_compared_with_its_own_slices(run, given):
     assert report.volume.objects.pq == 1
 
 
+def test_a_run_over_the_first_slices_is_compared_with_those(run, truth):
+    tifffile.imwrite(run / "labels.tif", truth[:3], photometric="minisblack")
+    (run / "run.json").write_text(json.dumps({"z_offset": 0, "outputs": {"labels.tif": 1}}))
+    report = evaluate_labels(run, run.parent / "truth.tif")
+    assert [row.z for row in report.per_slice] == [0, 1, 2]
+    assert report.volume.objects.pq == 1
+
+
 def test_slices_are_counted_in_the_truth(run):
     report = evaluate_labels(run, run.parent / "truth.tif", EvaluateOptions(slices=range(5, 7)))
     assert [row.z for row in report.per_slice] == [5, 6]
@@ -56,7 +64,7 @@ def test_labels_that_run_past_the_truth_are_refused(run):
 
 
 def test_other_files_beside_a_record_are_taken_as_they_are(run):
-    assert find_segmentation(run / "other.tif").first_slice == 0
+    assert find_segmentation(run / "other.tif").first_slice is None
 
 
 def test_a_damaged_record_is_named(run):
@@ -69,3 +77,9 @@ def test_a_run_without_labels_is_named(run):
     (run / "run.json").write_text(json.dumps({"z_offset": 0, "outputs": {}}))
     with pytest.raises(VolumeError, match="has no labels"):
         find_segmentation(run)
+
+
+@pytest.mark.parametrize("content", ['{"name": "my experiment"}', "[1]", "not JSON"])
+def test_a_record_of_some_other_program_says_nothing_about_labels_beside_it(run, content):
+    (run / "run.json").write_text(content)
+    assert find_segmentation(run / "labels.tif").first_slice is None

@@ -32,7 +32,7 @@ def masks_of(shapes: list[Shape], quality: list[float] | None = None) -> Masks:
     logits = tuple(np.asarray(shape(centres[:, None], centres[None]), np.float32) for shape in shapes)
     zeros = np.zeros(len(shapes), np.int64)
     iou = np.array(quality or [0.9] * len(shapes), np.float32)
-    return Masks(logits, np.zeros((len(shapes), 2), np.int64), zeros, iou)
+    return Masks(logits, np.zeros((len(shapes), 2), np.int64), zeros, iou, np.arange(len(shapes)))
 
 
 def ellipse(box: tuple[float, ...]) -> Shape:
@@ -148,6 +148,7 @@ def crowds(draw: st.DrawFn, largest: int = 6) -> tuple[Detections, Masks]:
         np.zeros((count, 2), np.int64),
         np.zeros(count, np.int64),
         (rng.integers(32, 64, count) / 64).astype(np.float32),
+        np.arange(count),
     )
     return Detections(boxes.astype(np.float32), scores.astype(np.float32)), masks
 
@@ -205,7 +206,11 @@ def test_the_result_is_a_partition_and_does_not_depend_on_the_order_of_the_masks
     order = list(range(len(masks)))
     random.shuffle(order)
     shuffled = Masks(
-        tuple(masks.logits[i] for i in order), masks.origins_yx, masks.tile_index, masks.predicted_iou[order]
+        tuple(masks.logits[i] for i in order),
+        masks.origins_yx,
+        masks.tile_index,
+        masks.predicted_iou[order],
+        masks.box_index,
     )
     again, _ = paint_masks(detections.take(np.array(order)), shuffled, PLAN, USUAL)
     np.testing.assert_array_equal(again, labels)

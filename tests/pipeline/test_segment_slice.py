@@ -140,6 +140,67 @@ def test_decode_boxes_returns_each_mask_whole_and_in_order():
     assert decode_boxes(image, make_session(), np.zeros((0, 4), np.float32), USUAL) == []
 
 
+def wide_disc() -> tuple[np.ndarray, np.ndarray]:
+    """A disc of twice the overlap around the place where four tiles meet, and its box."""
+    image = draw_discs((104, 104), [(52.0, 52.0, 46.0)])
+    return image, boxes_of([(52.0, 52.0, 46.0)])
+
+
+def ellipse_of(tile: tuple[int, int, int, int], box: np.ndarray) -> tuple[float, float, float, float]:
+    """The part of a box that a tile sees."""
+    return tuple(np.concatenate([np.maximum(box[:2], tile[:2]), np.minimum(box[2:], tile[2:])]))
+
+
+def test_a_given_box_that_no_tile_sees_whole_is_decoded_in_every_tile_that_it_meets():
+    image, box = wide_disc()
+    tiles = plan_tiles(image.shape, make_manifest().preprocessing, None, None).tiles
+    assert len(tiles) == 4
+    # The synthetic decoder fills each part of the box with an ellipse; the object is their union.
+    expected = np.zeros(image.shape, bool)
+    y, x = np.indices(image.shape) + 0.5
+    for tile in tiles:
+        read = tile.read
+        x0, y0, x1, y1 = ellipse_of((read.x0, read.y0, read.x1, read.y1), box[0])
+        expected |= ((x - (x0 + x1) / 2) / (x1 - x0) * 2) ** 2 + ((y - (y0 + y1) / 2) / (y1 - y0) * 2) ** 2 < 1
+    (whole,) = decode_boxes(image, make_session(), box, USUAL)
+    found = np.zeros(image.shape, bool)
+    found[whole.window.slices] = whole.mask
+    assert (found & expected).sum() / (found | expected).sum() > 0.97
+    labels, instances = segment_slice(image, make_session(), Detections(box, np.ones(1, np.float32)), USUAL)
+    assert len(instances) == 1
+    np.testing.assert_array_equal(labels > 0, found)
+
+
+def test_a_box_that_its_tile_sees_whole_is_decoded_once():
+    decoder = CountingFunction(decode_ellipses)
+    image = draw_discs((104, 104), [(30.0, 52.0, 11.0)])
+    decode_boxes(image, make_session(decoder=decoder), boxes_of([(30.0, 52.0, 11.0)]), USUAL)
+    assert [call["boxes"] for call in decoder.calls] == [(1, 4)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6))
+def test_every_box_is_shown_to_its_owner_and_to_all_tiles_only_if_it_leaves_the_owner(seed: int):
+    rng = np.random.default_rng(seed)
+    plan = plan_tiles((130, 170), make_manifest().preprocessing, None, None)
+    low = rng.uniform(0, (160, 120), (20, 2))
+    high = np.minimum(low + rng.uniform(2, 120, (20, 2)), (170, 130))
+    boxes = np.concatenate([low, high], axis=1).astype(np.float32)
+    box_index, tile_index = plan.views(boxes)
+    for number, (box, owner) in enumerate(zip(boxes, plan.owners(boxes), strict=True)):
+        shown = {int(tile) for tile in tile_index[box_index == number]}
+        assert owner in shown
+        seen = plan.tiles[owner].read
+        is_whole = box[0] >= seen.x0 - 1 and box[1] >= seen.y0 - 1 and box[2] <= seen.x1 + 1 and box[3] <= seen.y1 + 1
+        meets = {
+            index
+            for index, tile in enumerate(plan.tiles)
+            if min(box[2], tile.own.x1) > max(box[0], tile.own.x0)
+            and min(box[3], tile.own.y1) > max(box[1], tile.own.y0)
+        }
+        assert shown == ({owner} if is_whole else meets)
+
+
 def test_decode_boxes_refuses_boxes_outside_the_slice():
     boxes = np.array([[0, 0, 10, 10], [200, 200, 220, 220]], np.float32)
     with pytest.raises(InvalidArgumentError, match="1 of 2 boxes"):

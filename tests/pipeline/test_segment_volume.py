@@ -113,13 +113,48 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(volume: Path):
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("name", ["labels.tif", "report.html", "slices/000000.npz"])
+def test_without_a_journal_nothing_is_taken_for_a_run(volume: Path, name: str):
+    """A folder with the labels that somebody drew must not be taken over because they have the usual name."""
+    precious = volume.parent / "precious" / name
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    for restart in (False, True):
+        with pytest.raises(InvalidArgumentError, match="no run of this program"):
+            segment_volume(volume, make_session(), SegmentOptions(out=volume.parent / "precious", restart=restart))
+    assert precious.read_text() == "mine"
+
+
+def test_what_a_kill_before_the_journal_leaves_is_no_obstacle(volume: Path):
+    out = volume.parent / "begun"
+    (out / "slices").mkdir(parents=True)
+    (out / ".journal.jsonl.partial").write_text("{")
+    assert segment_volume(volume, make_session(), SegmentOptions(out=out)).slices == DEPTH
+
+
 def test_restarting_removes_only_what_runs_make(volume: Path):
-    first = segment_volume(volume, make_session(), SegmentOptions())
+    first = segment_volume(volume, make_session(), SegmentOptions(format="ome-zarr"))
     (first.out / "notes.txt").write_text("mine")
     (first.out / "report.html").write_text("old")
-    with pytest.raises(InvalidArgumentError, match="no run of this program"):
-        segment_volume(volume, make_session(), SegmentOptions(restart=True, zoom=2.0))
+    (first.out / "labels.ome.zarr.old").mkdir()
+    (first.out / "labels.ome.zarr.partial").mkdir()
+    again = segment_volume(volume, make_session(), SegmentOptions(restart=True, zoom=2.0))
+    assert again.resumed_slices == 0
+    assert again.fingerprint != first.fingerprint
+    assert {path.name for path in first.out.iterdir()} == {
+        *RESULT_FILES, "run.json", "journal.jsonl", "slices", "notes.txt"
+    }  # fmt: skip
     assert (first.out / "notes.txt").read_text() == "mine"
+
+
+def test_the_folder_of_a_volume_that_is_the_current_folder_lies_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "stack").mkdir()
+    for z, image in enumerate(draw_stack()):
+        tifffile.imwrite(tmp_path / "stack" / f"{z}.tif", image)
+    monkeypatch.chdir(tmp_path / "stack")
+    assert segment_volume(Path(), make_session(), SegmentOptions()).out == tmp_path / "stack.dendsam"
 
 
 def test_boxes_replace_the_detector_and_are_taken_as_they_are(volume: Path):

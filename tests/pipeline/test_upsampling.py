@@ -16,7 +16,13 @@ GRID = SIZE // 4
 
 
 def one_mask(logits: np.ndarray, origin: tuple[int, int] = (0, 0), tile: int = 0) -> Masks:
-    return Masks((logits.astype(np.float32),), np.array([origin]), np.array([tile]), np.ones(1, np.float32))
+    return Masks(
+        (logits.astype(np.float32),),
+        np.array([origin]),
+        np.array([tile]),
+        np.ones(1, np.float32),
+        np.zeros(1, np.int64),
+    )
 
 
 def plan_of(slice_hw: tuple[int, int], model_hw: tuple[int, int], overlap: int = 16) -> TilePlan:
