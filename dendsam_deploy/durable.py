@@ -6,7 +6,7 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dendsam_deploy.errors import StorageError
+from dendsam_deploy.errors import InvalidArgumentError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,6 +48,21 @@ def append_line(path: Path, line: str) -> None:
         stream.write(line.encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def prepare_place(path: Path) -> None:
+    """Find out before long work, not behind it, that a file cannot be written; missing parents are made.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the path is a folder.
+    StorageError
+        If its folder cannot be made.
+    """
+    if path.is_dir():
+        raise InvalidArgumentError(f"{path}: is a folder; name the file to write")
+    make_folder(path.parent)
 
 
 def make_folder(path: Path) -> None:

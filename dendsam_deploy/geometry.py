@@ -32,6 +32,9 @@ EMBEDDING_STRIDE_PX = 16
 LOGIT_STRIDE_PX = 4
 """Tile pixels per cell of the low-resolution mask logits (SAM upsamples its embedding four times)."""
 
+DEFAULT_OVERLAP_PX = 128
+"""Objects up to this wide, nearly three times the typical one, are seen whole by some tile."""
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -123,6 +126,11 @@ def tile_grid(shape_hw: tuple[int, int], tile_size_px: int, overlap_px: int) -> 
         for y in rows
         for x in columns
     ]
+
+
+def default_overlap_px(tile_size_px: int) -> int:
+    """Return the overlap of tiles where nobody asks for another: `DEFAULT_OVERLAP_PX`, or a third of a small tile."""
+    return min(DEFAULT_OVERLAP_PX, tile_size_px // 3)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ _CHECKPOINT_SUFFIXES = (".pt", ".pth")
 def info(context: click.Context, path: Path, json_file: str | None) -> None:
     """Say what a volume, a checkpoint, a bundle or a result is.
 
-    PATH is an image or label volume, a checkpoint of SAM or YOLO, a bundle, or the folder that segment made.
+    PATH is an image or label volume, a checkpoint of SAM or YOLO, an ONNX file, a bundle, or the folder that segment
+    made.
     """
     console: Console = context.obj
     facts = describe(path)
@@ -34,7 +35,7 @@ def info(context: click.Context, path: Path, json_file: str | None) -> None:
 
 
 def describe(path: Path) -> Facts:
-    """Return the facts of a path, among them its ``kind``: volume, sam, detector, bundle or run."""
+    """Return the facts of a path, among them its ``kind``: volume, sam, detector, graph, bundle or run."""
     from dendsam_deploy.bundle.bundle import MANIFEST_FILE
     from dendsam_deploy.pipeline.journal import JOURNAL_FILE
 
@@ -44,7 +45,16 @@ def describe(path: Path) -> Facts:
         return _run_facts(path)
     if path.suffix.lower() in _CHECKPOINT_SUFFIXES:
         return _checkpoint_facts(path)
+    if path.suffix.lower() == ".onnx":
+        return _graph_facts(path)
     return _volume_facts(path)
+
+
+def _graph_facts(path: Path) -> Facts:
+    """Describe an ONNX file outside a bundle, such as a detector that `export` is to take."""
+    from dendsam_deploy.runtimes.portable import graph_signature
+
+    return {"kind": "graph", "path": str(path), **graph_signature(path)}
 
 
 def _volume_facts(path: Path) -> Facts:

@@ -27,9 +27,9 @@ from dendsam_deploy.durable import storage_errors, write_text
 from dendsam_deploy.errors import InvalidArgumentError, ParityError
 from dendsam_deploy.export.graphs import GraphExport, onnx_from_torch
 from dendsam_deploy.export.model_card import TrainingFacts, model_card
-from dendsam_deploy.export.options import DEFAULT_OVERLAP_PX, DEFAULT_THRESHOLDS, ExportOptions
+from dendsam_deploy.export.options import DEFAULT_THRESHOLDS, ExportOptions
 from dendsam_deploy.export.reference import ReferenceOptions, checkpoint_digest, reference_inputs, sam_outputs
-from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX
+from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX, default_overlap_px
 from dendsam_deploy.models.box_decoder import BoxDecoderGraph
 from dendsam_deploy.models.image_encoder import ImageEncoderGraph
 from dendsam_deploy.models.weights import TrainingRecord, load_sam
@@ -154,7 +154,7 @@ def _with_detector(parts: _Parts, detector: ExportedDetector) -> _Parts:
 def _preprocessing(options: ExportOptions, record: TrainingRecord) -> Preprocessing:
     """Settle how tiles are prepared: as the checkpoint records it, unless the options say otherwise."""
     size = record.image_size
-    overlap = min(DEFAULT_OVERLAP_PX, size // 3) if options.overlap_px is None else options.overlap_px
+    overlap = default_overlap_px(size) if options.overlap_px is None else options.overlap_px
     if not 0 <= overlap < size:
         raise InvalidArgumentError(
             f"an overlap of {overlap} px does not fit tiles of {size} px; choose 0 to {size - 1}"

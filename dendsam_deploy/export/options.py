@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 DEFAULT_THRESHOLDS = Thresholds(detection_score=0.25, nms_iou=0.6, mask_logit=0.0, min_area_px=25)
 """Until a validation volume says better; labels under 25 px were left out of training as well."""
 
-DEFAULT_OVERLAP_PX = 128
-"""Objects up to four times as wide as the typical one are seen whole by some tile."""
-
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:

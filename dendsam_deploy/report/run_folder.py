@@ -141,9 +141,7 @@ def _draw(run_folder: Path, raw: VolumeReader | None, first_z: int, slices: list
         return draw_pictures(
             LabelledSlice(
                 z=first_z + z,
-                image=None
-                if raw is None
-                else to_uint8(raw.read(first_z + z), f"{raw.info.source}: slice {first_z + z}"),
+                image=None if raw is None else _image(raw, first_z + z),
                 labels=labels.read(z).astype(np.uint32, copy=False),
             )
             for z in slices

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
-from dendsam_deploy.errors import BundleError, InvalidArgumentError, MissingCapabilityError
+from dendsam_deploy.errors import BundleError, InputFileError, InvalidArgumentError, MissingCapabilityError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,6 +58,24 @@ class RunnerOptions:
 
     device: str = "cpu"
     threads: int | None = None
+
+
+def graph_signature(path: Path) -> dict[str, list[dict[str, object]]]:
+    """Return name, type and shape of the inputs and outputs of any ONNX file, as plain values.
+
+    Raises
+    ------
+    InputFileError
+        If ONNX Runtime cannot load the file.
+    """
+    try:
+        session = onnxruntime.InferenceSession(path, sess_options=_session_options(1), providers=[_CPU])
+    except _LOAD_ERRORS as error:
+        raise InputFileError(f"{path}: cannot be read as an ONNX graph ({_line(error)})") from error
+    return {
+        side: [{"name": value.name, "type": value.type, "shape": list(value.shape)} for value in values]
+        for side, values in (("inputs", session.get_inputs()), ("outputs", session.get_outputs()))
+    }
 
 
 class OnnxRunner:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dendsam_deploy.durable import prepare_place
 from dendsam_deploy.errors import DendsamError
 from dendsam_deploy.models.detector import (
     DetectorRecord,
@@ -123,6 +124,7 @@ def finetune_detector(
     """
     started = time.monotonic()
     check_device(options.schedule.device)
+    prepare_place(options.out)
     start = _starting_detector(options)
     settings = dataclasses.asdict(options) | {"out": "", "resume": "", "start": start.sha256 or start.architecture}
     folder = ResumeFolder(options.out, settings | {"volume": volume_path, "labels": labels_path})

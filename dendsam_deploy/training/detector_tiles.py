@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dendsam_deploy.errors import StorageError
-from dendsam_deploy.geometry import Frame, tile_grid
-from dendsam_deploy.training.samples import MIN_OBJECT_PX, Tile, TileRecipe, random_tile, tile_objects
-from dendsam_deploy.volume.raster import encode_png, resize_bilinear
+from dendsam_deploy.training.samples import (
+    MIN_OBJECT_PX,
+    Tile,
+    TileRecipe,
+    deployed_tiles,
+    random_tile,
+    spread_slices,
+    tile_objects,
+)
+from dendsam_deploy.volume.raster import encode_png
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -18,9 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dendsam_deploy.training.samples import LabelledSlice, LabelledVolume
-
-CLASS_NAME = "object"
+    from dendsam_deploy.training.samples import LabelledVolume
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,32 +97,14 @@ def training_tiles(volume: LabelledVolume, recipe: TileRecipe, count: int, seed:
 
 def held_out_tiles(volume: LabelledVolume, recipe: TileRecipe, most: int) -> Iterator[Tile]:
     """Yield the tiles of evenly spaced slices exactly as deployment cuts them, about `most` in all."""
-    frame = Frame.from_zoom(volume[volume.slices[0]].image.shape, (recipe.zoom, recipe.zoom))
-    per_slice = len(tile_grid(frame.model_hw, recipe.tile_size_px, recipe.tile_size_px // 8))
-    wanted = min(len(volume.slices), max(1, most // per_slice))
-    for position in np.linspace(0, len(volume.slices) - 1, wanted).round().astype(int):
-        yield from _slice_tiles(volume[volume.slices[int(position)]], frame, recipe.tile_size_px)
+    per_slice = len(deployed_tiles(volume[volume.slices[0]], recipe))
+    for z in spread_slices(volume, max(1, most // per_slice)):
+        yield from deployed_tiles(volume[z], recipe)
 
 
 def least_area_px(recipe: TileRecipe) -> float:
     """Return the least area, tile px, of an object to learn: half of the smallest one, which a border may have cut."""
     return MIN_OBJECT_PX * recipe.zoom**2 / 2
-
-
-def _slice_tiles(source: LabelledSlice, frame: Frame, tile_size_px: int) -> Iterator[Tile]:
-    """Yield the tiles of one slice, padded with zeros at the right and the bottom."""
-    image = source.image if frame.is_identity else resize_bilinear(source.image, frame.model_hw)
-    rows, columns = (
-        ((np.arange(new) + 0.5) * old / new).astype(int)
-        for new, old in zip(frame.model_hw, frame.slice_hw, strict=True)
-    )
-    objects = source.objects[rows[:, None], columns]
-    for tile in tile_grid(frame.model_hw, tile_size_px, tile_size_px // 8):
-        height, width = tile.read.height, tile.read.width
-        missing = ((0, tile_size_px - height), (0, tile_size_px - width))
-        yield Tile(
-            np.pad(image[tile.read.slices], missing), np.pad(objects[tile.read.slices], missing), (height, width)
-        )
 
 
 def _yolo_lines(boxes_xyxy: NDArray[np.float32], tile_size_px: int) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, StorageError
+from dendsam_deploy.durable import prepare_place
+from dendsam_deploy.errors import CheckpointError, InvalidArgumentError
 from dendsam_deploy.models.sam import build_sam, initialise
 from dendsam_deploy.models.weights import TrainingRecord, load_sam, read_tensors, save_sam, write_tensors
 from dendsam_deploy.progress import ProgressCallback, no_progress
@@ -67,7 +68,7 @@ def finetune_sam(
     InvalidArgumentError, VolumeError, CheckpointError, StorageError
         As the classes say; nothing is written then but the state to resume from.
     """
-    _prepare_place(options.out)
+    prepare_place(options.out)
     torch.manual_seed(options.schedule.seed)
     sam, image_size = _starting_model(options)
     with open_source(volume_path, labels_path, options, image_size) as source:
@@ -94,16 +95,6 @@ def finetune_sam(
     save_sam(options.out, trained.state, _record(result, image_size, data))
     saved.remove()
     return result
-
-
-def _prepare_place(out: Path) -> None:
-    """Find out before the training, not behind it, that its result cannot be written."""
-    if out.is_dir():
-        raise InvalidArgumentError(f"{out}: is a folder; name the checkpoint file to write")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{out.parent}: cannot be made ({error.strerror}); choose another place") from error
 
 
 def _starting_model(options: FinetuneSamOptions) -> tuple[nn.Module, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,14 @@ from dendsam_deploy.training.samples import (
     TileObjects,
     TileRecipe,
     boxes_by_region,
-    deployed_tile,
+    deployed_tiles,
+    spread_slices,
     tile_objects,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -41,13 +44,42 @@ class Judgement:
     held_out_iou: float
 
 
+class JudgedTile(NamedTuple):
+    """A tile of a held-out slice and those of its objects that are large enough to count."""
+
+    tile: Tile
+    objects: TileObjects
+
+
+def judged_tiles(volume: LabelledVolume, recipe: TileRecipe, slices: int) -> list[JudgedTile]:
+    """Choose what to judge by: of each of up to `slices` evenly spaced slices one tile with objects.
+
+    The tiles are those of deployment, and of one slice after the other they lie ever further down. Where the spaced
+    slices show nothing, all slices are searched. The list is empty only where no tile shows a whole object of
+    `MIN_OBJECT_PX`.
+    """
+    spread = spread_slices(volume, slices)
+    chosen: list[JudgedTile] = []
+    for turn, z in enumerate(spread):
+        shown = _tiles_with_objects(volume, z, recipe)
+        chosen += shown[turn * len(shown) // len(spread) :][:1]
+    if not chosen:
+        chosen = next((shown for z in volume.slices if (shown := _tiles_with_objects(volume, z, recipe))), [])
+    return chosen
+
+
+def _tiles_with_objects(volume: LabelledVolume, z: int, recipe: TileRecipe) -> list[JudgedTile]:
+    """Return the tiles of a slice that show objects worth judging."""
+    tiles = deployed_tiles(volume[z], recipe)
+    judged = [JudgedTile(tile, tile_objects(tile, MIN_OBJECT_PX * recipe.zoom**2)) for tile in tiles]
+    return [entry for entry in judged if len(entry.objects.numbers)]
+
+
 @torch.no_grad()
 def box_prompt_iou(
-    encoder: ImageEncoderGraph, decoder: BoxDecoderGraph, volume: LabelledVolume, recipe: TileRecipe, slices: int
+    encoder: ImageEncoderGraph, decoder: BoxDecoderGraph, judged: Iterable[JudgedTile]
 ) -> NDArray[np.float64]:
-    """Return the IoU of each object's mask with the object, on up to `slices` evenly spaced slices.
-
-    The top left tile of each slice is judged; masks are upsampled bilinearly to tile px and cut at logit 0.
+    """Return the IoU of each object's mask with the object; masks are upsampled bilinearly and cut at logit 0.
 
     Returns
     -------
@@ -55,13 +87,9 @@ def box_prompt_iou(
     """
     encoder.eval()
     decoder.eval()
-    count = min(slices, len(volume.slices))
-    sampled = [volume.slices[round(i * (len(volume.slices) - 1) / max(count - 1, 1))] for i in range(count)]
     device = decoder.image_position.device
     scores: list[float] = []
-    for z in sampled:
-        tile = deployed_tile(volume[z], recipe)
-        objects = tile_objects(tile, MIN_OBJECT_PX * recipe.zoom**2)
+    for tile, objects in judged:
         image = torch.from_numpy(tile.image)[None].to(device)
         embeddings = encoder(image, torch.tensor([tile.size_hw], device=device)).float()
         for region, rows in boxes_by_region(objects.boxes_xyxy, decoder.grid):

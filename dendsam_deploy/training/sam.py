@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dendsam_deploy.errors import VolumeError
 from dendsam_deploy.geometry import LOGIT_STRIDE_PX
 from dendsam_deploy.models.box_decoder import CELLS_PER_TOKEN, BoxDecoderGraph, DecodedTokens
 from dendsam_deploy.models.image_encoder import ImageEncoderGraph
@@ -83,6 +84,13 @@ class SamTrainer:
         Schedule and batch.
     with_hints : bool
         Train the encoder on borders and object centres too; for encoders that start from little.
+
+    Raises
+    ------
+    InvalidArgumentError, MissingCapabilityError
+        If the device is none, or not on this machine.
+    VolumeError
+        If the held-out slices show nothing to judge by.
     """
 
     def __init__(
@@ -99,6 +107,13 @@ class SamTrainer:
         self.optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
         self.peak_rate = rate
         self.average = MovingAverage(self.sam)
+        self._judged_tiles = [
+            tile
+            for source in self.sources
+            for tile in judge.judged_tiles(source.held_out, source.recipe, options.judge_slices)
+        ]
+        if not self._judged_tiles:
+            raise VolumeError("the held-out slices show no object to judge by; hold out others")
         if options.tiles_per_step is None:
             self.options = dataclasses.replace(options, tiles_per_step=self._fitting_tiles())
 
@@ -119,14 +134,13 @@ class SamTrainer:
         checkpoint : callable, optional
             Given the `TrainingState` after every judgement.
         """
-        options = self.options
         history = [judge.Judgement(*row) for row in resume.history] if resume else []
         step, elapsed_before = (resume.step, resume.elapsed_s) if resume else (0, 0.0)
         if resume:
             self._restore(resume)
         best = dict(resume.best) if resume else self._averaged_state()
         if not history:
-            history.append(judge.Judgement(0, 0.0, self.held_out_iou(options.judge_slices)))
+            history.append(judge.Judgement(0, 0.0, self.held_out_iou()))
         started = last_judged = time.monotonic()
         loss_mean, iou_mean = math.nan, math.nan
         while (done := self._fraction_done(step, elapsed_before + time.monotonic() - started)) < 1:
@@ -143,31 +157,26 @@ class SamTrainer:
             )
             progress(Progress("train", min(done, 1), 1.0, note))
             if self._judgement_is_due(step, time.monotonic() - last_judged):
-                best = self._judged(step, elapsed, options.judge_slices, history, best)
+                best = self._judged(step, elapsed, history, best)
                 if checkpoint is not None:
                     checkpoint(self._snapshot(step, elapsed, history, best))
                 last_judged = time.monotonic()
         elapsed = elapsed_before + time.monotonic() - started
         if history[-1].step < step:
-            best = self._judged(step, elapsed, options.judge_slices, history, best)
+            best = self._judged(step, elapsed, history, best)
         winner = max(history, key=lambda entry: entry.held_out_iou)
         return TrainedSam(best, winner.held_out_iou, history[0].held_out_iou, step, elapsed, tuple(history))
 
-    def held_out_iou(self, slices: int) -> float:
-        """Return the mean IoU, with exact boxes, of the averaged weights over the held-out objects of all sources."""
+    def held_out_iou(self) -> float:
+        """Return the mean IoU, with exact boxes, of the averaged weights over the judged objects of all sources."""
         with self.average.swapped_in(self.sam):
-            scores = [
-                judge.box_prompt_iou(self.encoder, self.decoder, source.held_out, source.recipe, slices)
-                for source in self.sources
-            ]
-        every = np.concatenate(scores)
-        return float(every.mean()) if len(every) else 0.0
+            return float(judge.box_prompt_iou(self.encoder, self.decoder, self._judged_tiles).mean())
 
     def _judged(
-        self, step: int, elapsed: float, slices: int, history: list[judge.Judgement], best: dict[str, Tensor]
+        self, step: int, elapsed: float, history: list[judge.Judgement], best: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Judge the averaged weights, note it, and return the best weights so far."""
-        iou = self.held_out_iou(slices)
+        iou = self.held_out_iou()
         improved = iou >= max(entry.held_out_iou for entry in history)
         history.append(judge.Judgement(step, elapsed, iou))
         return self._averaged_state() if improved else best

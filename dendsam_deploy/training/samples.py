@@ -11,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from dendsam_deploy.errors import InvalidArgumentError, VolumeError
-from dendsam_deploy.geometry import LOGIT_STRIDE_PX, Frame, region_cells
+from dendsam_deploy.geometry import LOGIT_STRIDE_PX, Frame, default_overlap_px, region_cells, tile_grid
 from dendsam_deploy.training.augment import flip_and_turn, vary_intensity
 from dendsam_deploy.training.boxes import label_components
 from dendsam_deploy.volume.intensity import to_uint8
@@ -168,13 +168,20 @@ def random_tile(volume: LabelledVolume, recipe: TileRecipe, rng: np.random.Gener
     return _padded(vary_intensity(image, rng), objects, recipe.tile_size_px)
 
 
-def deployed_tile(source: LabelledSlice, recipe: TileRecipe) -> Tile:
-    """Cut the tile at a slice's top left corner exactly as deployment does."""
+def deployed_tiles(source: LabelledSlice, recipe: TileRecipe) -> list[Tile]:
+    """Cut a slice into the tiles of deployment, in row-major order."""
     height, width = source.image.shape
     frame = Frame.from_zoom((height, width), (recipe.zoom, recipe.zoom))
     image, objects = _resampled(source.image, source.objects, frame.model_hw)
     side = recipe.tile_size_px
-    return _padded(image[:side, :side], objects[:side, :side], side)
+    windows = [tile.read.slices for tile in tile_grid(frame.model_hw, side, default_overlap_px(side))]
+    return [_padded(image[window], objects[window], side) for window in windows]
+
+
+def spread_slices(volume: LabelledVolume, count: int) -> list[int]:
+    """Return up to `count` evenly spaced slices of those that may be used."""
+    places = np.linspace(0, len(volume.slices) - 1, min(count, len(volume.slices))).round().astype(int)
+    return [volume.slices[int(place)] for place in places]
 
 
 def tile_objects(tile: Tile, min_area_px: float) -> TileObjects:

@@ -65,5 +65,8 @@ def open_source(
                 )
         zoom = options.zoom or plan_zoom(areas)
         voxel_size = image.info.voxel_size_nm
-        pixel_size_nm = None if voxel_size is None else voxel_size[1] / zoom
+        # Training scales both axes alike. Where pixels are not square no one size describes what it saw, and deployment
+        # has to go by the zoom.
+        is_square = voxel_size is not None and voxel_size[1] == voxel_size[2]
+        pixel_size_nm = voxel_size[1] / zoom if voxel_size is not None and is_square else None
         yield TrainingSource(learn, judge, TileRecipe(tile_size_px, zoom), model_pixel_size_nm=pixel_size_nm)

@@ -48,3 +48,14 @@ def test_a_cut_download_is_named(run, shared_data) -> None:
     outcome = run("info", path)
     assert outcome.code == 4
     assert outcome.message.startswith(f"{path}: the checkpoint is cut off or damaged (1,835,008 bytes)")
+
+
+def test_onnx_file(run, shared_data, tmp_path) -> None:
+    outcome = run("info", shared_data / "yolo" / "yolov8n_int8.onnx", "--json", "-")
+    facts = outcome.document
+    assert facts["kind"] == "graph"
+    assert [value["name"] for value in facts["inputs"]] == ["images"]
+    (tmp_path / "text.onnx").write_text("no graph")
+    outcome = run("info", tmp_path / "text.onnx")
+    assert outcome.code == 4
+    assert outcome.message.startswith(f"{tmp_path / 'text.onnx'}: cannot be read as an ONNX graph")

@@ -76,6 +76,13 @@ def read_yolo(file, side):
     return np.concatenate([centre - size / 2, centre + size / 2], axis=1)
 
 
+def test_a_folder_in_the_place_of_the_result_is_found_before_the_training(volume, options):
+    options.out.mkdir()
+    with pytest.raises(InvalidArgumentError, match="is a folder; name the file to write"):
+        finetune_detector(*volume, options)
+    assert [entry.name for entry in options.out.parent.iterdir()] == [options.out.name]
+
+
 def test_written_tiles_hold_the_image_and_tight_boxes(tmp_path):
     image = np.arange(64 * 64, dtype=np.uint32).reshape(64, 64).astype(np.uint8)
     objects = np.zeros((64, 64), np.int32)
@@ -101,10 +108,10 @@ def test_held_out_tiles_are_those_of_deployment(volume):
         source = LabelledVolume(image, labels, range(5, 8), (9,))
         tiles = list(held_out_tiles(source, TileRecipe(64, 1.0), most=100))
         whole = image.read(5)
-        assert len(tiles) == 3 * 2 * 2  # slices x rows x columns of tiles that overlap by 8 px or more
+        assert len(tiles) == 3 * 2 * 3  # slices x rows x columns of tiles that overlap by 21 px or more
         np.testing.assert_array_equal(tiles[0].image, whole[:64, :64])
-        np.testing.assert_array_equal(tiles[3].image, whole[-64:, -64:])
-        assert len(list(held_out_tiles(source, TileRecipe(64, 1.0), most=5))) == 4
+        np.testing.assert_array_equal(tiles[5].image, whole[-64:, -64:])
+        assert len(list(held_out_tiles(source, TileRecipe(64, 1.0), most=5))) == 6
         small = next(held_out_tiles(source, TileRecipe(64, 0.5), most=1))
         assert small.size_hw == (45, 60)
         assert not small.image[45:].any()

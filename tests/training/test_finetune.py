@@ -87,6 +87,11 @@ class TestResult:
         assert result.to_document()["out"] == str(options.out)
         assert [entry.name for entry in options.out.parent.iterdir()] == ["sam.pt"]
 
+    def test_pixels_that_are_not_square_have_no_size_to_go_by(self, data, options):
+        """Training scales both axes alike, so deployment must go by the zoom."""
+        stretched = dataclasses.replace(options, zoom=1.0, voxel_size_nm=(40.0, 4.0, 8.0))
+        assert finetuned(data, stretched, volume="plain").model_pixel_size_nm is None
+
     def test_a_pixel_size_is_not_invented(self, data, options):
         assert finetuned(data, options, volume="plain").model_pixel_size_nm is None
 
@@ -193,10 +198,10 @@ class TestRefusals:
 
     def test_a_folder_in_the_place_of_the_result(self, data, options):
         options.out.mkdir()
-        with pytest.raises(InvalidArgumentError, match="is a folder; name the checkpoint file to write"):
+        with pytest.raises(InvalidArgumentError, match="is a folder; name the file to write"):
             finetuned(data, options)
 
     def test_a_place_that_cannot_be_made(self, data, options, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(StorageError, match="cannot be made"):
+        with pytest.raises(StorageError, match="folder: cannot be written"):
             finetuned(data, dataclasses.replace(options, out=tmp_path / "file" / "folder" / "sam.pt"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dendsam_deploy.training.judge import box_prompt_iou
+from dendsam_deploy.training.judge import box_prompt_iou, judged_tiles
 from dendsam_deploy.training.samples import LabelledVolume, TileRecipe
 from dendsam_deploy.volume.array import ArrayVolume
 
@@ -52,6 +52,10 @@ def volume_of(labels: np.ndarray, slices: range | None = None) -> LabelledVolume
     return LabelledVolume(ArrayVolume(image), ArrayVolume(labels.astype(np.uint32)), slices or range(len(labels)))
 
 
+def judged(decoder: FillingDecoder, volume: LabelledVolume, recipe: TileRecipe, slices: int) -> np.ndarray:
+    return box_prompt_iou(Encoder(), decoder, judged_tiles(volume, recipe, slices))
+
+
 @pytest.fixture
 def labels() -> np.ndarray:
     """One slice with a square, an L, an object at the border and a speck; all edges lie on mask cells."""
@@ -64,33 +68,33 @@ def labels() -> np.ndarray:
 
 
 def test_filled_boxes_score_the_part_that_the_object_fills(labels):
-    scores = box_prompt_iou(Encoder(), FillingDecoder(), volume_of(labels), TileRecipe(SIDE, 1.0), 1)
+    scores = judged(FillingDecoder(), volume_of(labels), TileRecipe(SIDE, 1.0), 1)
     fill_of_the_l = (64 * 16 + 48 * 16) / 64**2
     assert sorted(scores) == pytest.approx([fill_of_the_l, 1, 1], abs=CORNERS)  # the speck is too small to count
 
 
 def test_right_masks_score_one(labels):
     decoder = FillingDecoder(bright_only=True)
-    scores = box_prompt_iou(Encoder(), decoder, volume_of(labels), TileRecipe(SIDE, 1.0), 1)
+    scores = judged(decoder, volume_of(labels), TileRecipe(SIDE, 1.0), 1)
     assert scores == pytest.approx([1, 1, 1], abs=CORNERS)
 
 
 def test_too_large_masks_score_less(labels):
     decoder = FillingDecoder(margin_cells=1)
-    scores = box_prompt_iou(Encoder(), decoder, volume_of(labels[:, :60]), TileRecipe(SIDE, 1.0), 1)
+    scores = judged(decoder, volume_of(labels[:, :60]), TileRecipe(SIDE, 1.0), 1)
     assert scores == pytest.approx([32**2 / 40**2], abs=CORNERS)
 
 
 def test_what_is_painted_beyond_the_slice_does_not_count(labels):
     """The slice ends at row 40, inside the object, so its mask is cut off below."""
     decoder = FillingDecoder(margin_cells=1)
-    scores = box_prompt_iou(Encoder(), decoder, volume_of(labels[:, :40]), TileRecipe(SIDE, 1.0), 1)
+    scores = judged(decoder, volume_of(labels[:, :40]), TileRecipe(SIDE, 1.0), 1)
     assert scores == pytest.approx([32 * 24 / (40 * 28)], abs=CORNERS)
 
 
 def test_objects_are_judged_at_the_zoom_of_deployment(labels):
     half = labels[:, ::2, ::2]
-    scores = box_prompt_iou(Encoder(), FillingDecoder(bright_only=True), volume_of(half), TileRecipe(SIDE, 2.0), 1)
+    scores = judged(FillingDecoder(bright_only=True), volume_of(half), TileRecipe(SIDE, 2.0), 1)
     assert (scores > 0.9).all()
     assert len(scores) == 3
 
@@ -102,10 +106,30 @@ def test_slices_are_spread_over_the_held_out_block(most, expected):
     for z in range(15):
         for number in range(z):
             labels[z, 8 * number + 8 : 8 * number + 14, 8:24] = number + 1
-    scores = box_prompt_iou(Encoder(), FillingDecoder(), volume_of(labels, range(4, 13)), TileRecipe(SIDE, 1.0), most)
+    scores = judged(FillingDecoder(), volume_of(labels, range(4, 13)), TileRecipe(SIDE, 1.0), most)
     assert len(scores) == sum(expected)
+
+
+FAR = 2 * SIDE - 48
+
+
+def test_one_tile_of_each_slice_is_judged_and_all_places_have_their_turn():
+    labels = np.zeros((4, 2 * SIDE, 2 * SIDE), int)
+    for number, (y, x) in enumerate([(16, 16), (16, FAR), (FAR, 16), (FAR, FAR)], start=1):
+        labels[:, y : y + 8 * number, x : x + 32] = number
+    entries = judged_tiles(volume_of(labels), TileRecipe(SIDE, 1.0), 4)
+    assert [entry.objects.areas_px.tolist() for entry in entries] == [[256], [512], [768], [1024]]
+
+
+@pytest.mark.parametrize("corner", [(0, 16, 16), (9, FAR, FAR)])
+def test_a_lonely_object_is_found_wherever_it_lies(corner):
+    z, y, x = corner
+    labels = np.zeros((10, 2 * SIDE, 2 * SIDE), int)
+    labels[z, y : y + 20, x : x + 20] = 1
+    (entry,) = judged_tiles(volume_of(labels), TileRecipe(SIDE, 1.0), 3)
+    assert entry.objects.areas_px.tolist() == [400]
 
 
 def test_slices_without_objects_give_no_score():
     empty = volume_of(np.zeros((2, SIDE, SIDE), int))
-    assert len(box_prompt_iou(Encoder(), FillingDecoder(), empty, TileRecipe(SIDE, 1.0), 2)) == 0
+    assert len(judged(FillingDecoder(), empty, TileRecipe(SIDE, 1.0), 2)) == 0

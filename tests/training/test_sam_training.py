@@ -217,7 +217,7 @@ class TestChoice:
         judge = trainer_of(start)
         judge.sam.load_state_dict(result.state)
         judge = SamTrainer(judge.sam, [source_of()], SHORT, with_hints=False)
-        assert judge.held_out_iou(1) == result.held_out_iou
+        assert judge.held_out_iou() == result.held_out_iou
 
 
 class TestData:
@@ -261,8 +261,11 @@ class TestData:
         monkeypatch.setattr(batches, "MOST_TILES_DRAWN", 20)
         image, labels = discs(2)
         empty = LabelledVolume(ArrayVolume(image), ArrayVolume(np.zeros_like(labels)), range(2))
+        full = LabelledVolume(ArrayVolume(image), ArrayVolume(labels), range(2))
         with pytest.raises(VolumeError, match="hardly any of 20 random tiles shows an object"):
-            trainer_of(start, SHORT, [TrainingSource(empty, empty, TileRecipe(64, 1.0))]).run()
+            trainer_of(start, SHORT, [TrainingSource(empty, full, TileRecipe(64, 1.0))]).run()
+        with pytest.raises(VolumeError, match="no object to judge by"):
+            trainer_of(start, SHORT, [TrainingSource(full, empty, TileRecipe(64, 1.0))])
 
 
 class TestLearning:

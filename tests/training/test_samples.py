@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dendsam_deploy.bundle.manifest import Preprocessing
 from dendsam_deploy.errors import InvalidArgumentError, VolumeError
+from dendsam_deploy.geometry import default_overlap_px
 from dendsam_deploy.pipeline.prepare import plan_tiles, prepare_slice
 from dendsam_deploy.training.augment import flip_and_turn, vary_intensity
 from dendsam_deploy.training.samples import (
@@ -19,7 +20,7 @@ from dendsam_deploy.training.samples import (
     boxes_by_region,
     coverage,
     dense_targets,
-    deployed_tile,
+    deployed_tiles,
     jittered_boxes,
     random_points,
     random_tile,
@@ -106,19 +107,24 @@ def test_labels_follow_their_image():
 def test_deployed_tiles_are_those_of_the_pipeline(shape, zoom):
     rng = np.random.default_rng(sum(shape))
     source = LabelledSlice(rng.integers(0, 256, shape).astype(np.uint8), np.ones(shape, np.int32))
-    tile = deployed_tile(source, TileRecipe(64, zoom))
-    plan = plan_tiles(shape, Preprocessing("minmax_uint8", 64, 8, None, zoom), None, None)
-    deployed = prepare_slice(source.image, plan).tile_inputs(0)
-    np.testing.assert_array_equal(tile.image, deployed["tiles"][0])
-    assert tile.size_hw == tuple(deployed["sizes"][0])
-    assert (tile.objects > 0).sum() == np.prod(tile.size_hw)
+    tiles = deployed_tiles(source, TileRecipe(64, zoom))
+    plan = plan_tiles(shape, Preprocessing("minmax_uint8", 64, default_overlap_px(64), None, zoom), None, None)
+    prepared = prepare_slice(source.image, plan)
+    assert len(tiles) == len(plan.tiles)
+    for index, tile in enumerate(tiles):
+        deployed = prepared.tile_inputs(index)
+        np.testing.assert_array_equal(tile.image, deployed["tiles"][0])
+        assert tile.size_hw == tuple(deployed["sizes"][0])
+        assert (tile.objects > 0).sum() == np.prod(tile.size_hw)
 
 
 @pytest.mark.parametrize("zoom", [0.5, 2**0.5, 3.0])
 def test_resampled_labels_lie_where_their_image_lies(zoom):
     """The borders of both are at the same place to half a pixel, so labels are neither shifted nor scaled otherwise."""
     objects = np.kron(np.array([[1, 0, 2], [0, 3, 0], [4, 0, 5]]), np.ones((21, 21), int)).astype(np.int32)
-    tile = deployed_tile(LabelledSlice(np.where(objects > 0, 200, 0).astype(np.uint8), objects), TileRecipe(64, zoom))
+    tile = deployed_tiles(LabelledSlice(np.where(objects > 0, 200, 0).astype(np.uint8), objects), TileRecipe(64, zoom))[
+        0
+    ]
     assert ((tile.image > 100) == (tile.objects > 0)).mean() > 0.98
 
 
@@ -141,7 +147,7 @@ def test_slices_out_of_use_cannot_be_had():
 
 
 def test_objects_of_a_tile_are_those_of_brute_force():
-    tile = deployed_tile(labelled()[0], RECIPE)
+    tile = deployed_tiles(labelled()[0], RECIPE)[0]
     objects = tile_objects(tile, 30)
     expected = [n for n in np.unique(tile.objects) if n > 0 and (tile.objects == n).sum() >= 30]
     assert objects.numbers.tolist() == expected
@@ -169,7 +175,7 @@ def test_exact_boxes_stay_exact():
 
 
 def test_points_lie_in_their_objects():
-    tile = deployed_tile(labelled()[0], RECIPE)
+    tile = deployed_tiles(labelled()[0], RECIPE)[0]
     objects = tile_objects(tile, 1)
     for seed in range(10):
         points = random_points(tile.objects, objects.numbers, objects.boxes_xyxy, np.random.default_rng(seed))
