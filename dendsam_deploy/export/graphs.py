@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,6 +87,8 @@ def onnx_from_torch(module: nn.Module, export: GraphExport, path: Path) -> Graph
     data_file = f"{path.name}.data" if weights > export.external_above_bytes else None
     with storage_errors(path):
         onnx_ir.save(model, path, external_data=data_file, size_threshold_bytes=_SMALLEST_EXTERNAL_BYTES)
+    del model
+    gc.collect()  # exported programs hold themselves, and copies of the weights, in cycles
     return describe_graph(path, export)
 
 
