@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from demo_sources import DATA, HELD_OUT_SECTIONS, medulla_source, phantom_source
+from demo_sources import DATA, DEMO_DETECTION_SCORE, HELD_OUT_SECTIONS, medulla_source, phantom_source
 
 from dendsam_deploy.models.architectures import default_image_size
 from dendsam_deploy.models.detector import DetectorRecord, load_detector, save_detector
@@ -67,7 +67,7 @@ def main() -> None:
             "recall": trained.scores.recall,
             "map50": trained.scores.map50,
         }
-        record = DetectorRecord(size, score_threshold=trained.scores.score_threshold, summary=summary)
+        record = DetectorRecord(size, score_threshold=DEMO_DETECTION_SCORE, summary=summary)
         save_detector(arguments.out, best.network, record)
     log.info("%s", trained.scores)
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from demo_sources import (
     DATA,
+    DEMO_MODEL_PIXEL_NM,
+    DEMO_ZOOM,
     HELD_OUT_SECTIONS,
-    PHANTOM_MODEL_PIXEL_NM,
-    PHANTOM_ZOOM,
     medulla_source,
     phantom_source,
 )
@@ -79,8 +79,8 @@ def save(path: Path, state: dict[str, torch.Tensor], size: int, iou: float, step
     half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     held_out = [HELD_OUT_SECTIONS.start, HELD_OUT_SECTIONS.stop]
     summary = {"data": DATA, "held_out_sections": held_out, "held_out_iou": iou, "steps": steps}
-    # Trained at two scales; the record names that of the demonstration, since a fine-tuning records its own anyway.
-    save_sam(path, half, TrainingRecord("tiny", size, PHANTOM_MODEL_PIXEL_NM, PHANTOM_ZOOM, summary))
+    # Trained at many scales; the record names that of the demonstration, since a fine-tuning records its own anyway.
+    save_sam(path, half, TrainingRecord("tiny", size, DEMO_MODEL_PIXEL_NM, DEMO_ZOOM, summary))
 
 
 class Keeper:

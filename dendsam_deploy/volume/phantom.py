@@ -2,7 +2,8 @@
 
 Everything is drawn in *material* coordinates, which a smooth noise field bends into the image slice by slice.
 Dendrites are unions of bent, lobed ellipses that move along z; the tissue between them is a Voronoi packing of
-small moving sites. Where two profiles meet there is a membrane, and it belongs to the labels on both of its sides.
+small moving sites. Every profile ends with its membrane, which is labelled with it; only the membrane that two labelled
+profiles share belongs to neither.
 """
 
 from __future__ import annotations
@@ -97,8 +98,9 @@ class Phantom:
     raw : ndarray, shape (Z, Y, X), uint8
         The image.
     labels : ndarray, shape (Z, Y, X), uint32
-        Ids of the objects from 1, 0 elsewhere; each id is one 26-connected object. Membranes belong to the object
-        they bound. Pieces under 200 px in a slice are not labelled. A missing slice keeps its true labels.
+        Ids of the objects from 1, 0 elsewhere; each id is one 26-connected object. An object ends with its membrane;
+        where two labelled ones touch, the two pixels of their common membrane are 0. Pieces under 200 px in a slice are
+        not labelled. A missing slice keeps its true labels.
     voxel_size_nm : (float, float, float)
         Voxel size ``(z, y, x)``.
     missing_slices : tuple of int
@@ -169,7 +171,7 @@ def _fill(
         owner[z] = nearest_dendrite(parts, z, material_yx)
     labels = _exact_labels(np.where(owner > 0, owner, between) if dense else owner)
     kept = (owner > 0) & (labels > 0)  # a sliver without a label must not look like a dendrite
-    return np.where(kept, owner, between), labels
+    return np.where(kept, owner, between), _parted(labels)
 
 
 def _sample_style(rng: np.random.Generator, options: PhantomOptions) -> TextureStyle:
@@ -185,7 +187,7 @@ def _sample_style(rng: np.random.Generator, options: PhantomOptions) -> TextureS
         grain_px=rng.uniform(0.7, 1.8),
         grain=rng.uniform(5, 14),
         illumination=rng.uniform(2, 9),
-        tissue_darkness=rng.uniform(14, 42),
+        tissue_darkness=rng.uniform(24, 44),
         cristae=rng.uniform(0, 14),
     )
 
@@ -198,6 +200,16 @@ def _exact_labels(cells: NDArray[np.uint32]) -> NDArray[np.uint32]:
         large = np.bincount(pieces.ravel()) >= _SMALLEST_PIECE_PX
         kept[z] = np.where(large[pieces], plane, 0)
     return _connected_pieces(kept)
+
+
+def _parted(labels: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Take the pixels on either side of a contact of two labels in a slice away from both; return the objects then."""
+    apart = labels.copy()
+    for plane, result in zip(labels, apart, strict=True):
+        highest = ndimage.maximum_filter(plane, size=3)
+        lowest = ndimage.minimum_filter(np.where(plane > 0, plane, np.iinfo(np.uint32).max), size=3)
+        result[(plane > 0) & ((highest != plane) | (lowest != plane))] = 0
+    return _connected_pieces(apart)
 
 
 def _connected_pieces(labels: NDArray[np.uint32]) -> NDArray[np.uint32]:

@@ -177,7 +177,7 @@ def _grow_one(
     """Grow a dendrite: a trunk through the stack or within its plane, perhaps a branch, perhaps spines."""
     depth, height, width = shape_zyx
     largest = min(45.0, min(height, width) / 6)
-    radius = float(np.exp(rng.uniform(np.log(6.0), np.log(largest))))
+    radius = float(np.exp(rng.uniform(np.log(8.0), np.log(largest))))
     first = owner == 1  # the one that surely branches, in the middle of the field
     if first:
         radius = min(18.0, largest)

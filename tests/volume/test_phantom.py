@@ -85,9 +85,15 @@ def test_no_labelled_piece_is_a_sliver(phantom):
         assert np.bincount(plane.ravel())[1:].min() >= 50
 
 
-def test_some_dendrites_touch(phantom):
-    left, right = phantom.labels[:, :, :-1], phantom.labels[:, :, 1:]
-    assert ((left != right) & (left > 0) & (right > 0)).any()
+def test_touching_dendrites_share_a_membrane_that_belongs_to_neither(phantom):
+    labels = phantom.labels
+    beside = [(labels[:, :, :-1], labels[:, :, 1:]), (labels[:, :-1], labels[:, 1:])]
+    beside += [(labels[:, :-1, :-1], labels[:, 1:, 1:]), (labels[:, 1:, :-1], labels[:, :-1, 1:])]
+    for first, second in beside:
+        assert not ((first != second) & (first > 0) & (second > 0)).any()
+    left, right = labels[:, :, :-3], labels[:, :, 3:]
+    between = (labels[:, :, 1:-2] == 0) & (labels[:, :, 2:-1] == 0)
+    assert ((left != right) & (left > 0) & (right > 0) & between).sum() > 50
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -124,7 +130,7 @@ def test_a_missing_slice_is_blank_but_keeps_its_truth():
 
 
 def test_dense_labels_fill_the_field(dense):
-    assert (dense.labels > 0).mean() > 0.98
+    assert (dense.labels > 0).mean() > 0.75  # the rest is membrane
     assert dense.labels.max() > 30
 
 
