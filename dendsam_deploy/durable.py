@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dendsam_deploy.errors import InvalidArgumentError, StorageError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,6 +76,30 @@ def make_folder(path: Path) -> None:
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         sync(path.parent)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[bool]:
+    """Try to lock a folder against other processes of this program; the lock ends with the process at the latest.
+
+    Yields
+    ------
+    bool
+        Whether the folder is ours now. True as well where the system or the file system knows no such locks.
+    """
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_alone = True
+        except OSError as error:
+            is_alone = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+        yield is_alone
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

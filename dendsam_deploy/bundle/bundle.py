@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -157,6 +158,7 @@ def _check_contract(manifest: Manifest, source: str) -> None:
         raise BundleError(f"{source}: tile_size_px is {tile_size}, expected a multiple of {EMBEDDING_STRIDE_PX}")
     if not sizes or sizes[0] < 1 or sizes[-1] != cells or list(sizes) != sorted(set(sizes)):
         raise BundleError(f"{source}: region_sizes is {list(sizes)}, expected ascending cells that end with {cells}")
+    _check_thresholds(manifest, source)
     seen: set[tuple[Role, Precision]] = set()
     for graph in manifest.graphs:
         where = f"{source}: the {graph.role} graph at {graph.precision}"
@@ -176,6 +178,19 @@ def _check_contract(manifest: Manifest, source: str) -> None:
             raise BundleError(f"{source}: lists no {role} graph; export the bundle again")
 
 
+def _check_thresholds(manifest: Manifest, source: str) -> None:
+    """Refuse thresholds with which nothing, or everything, would be found."""
+    thresholds = manifest.thresholds
+    for name in ("detection_score", "nms_iou"):
+        if not 0 <= getattr(thresholds, name) <= 1:
+            raise BundleError(f"{source}: {name} is {getattr(thresholds, name)}, expected 0 to 1")
+    if not math.isfinite(thresholds.mask_logit) or not 0 <= thresholds.min_area_px < math.inf:
+        raise BundleError(
+            f"{source}: mask_logit is {thresholds.mask_logit} and min_area_px {thresholds.min_area_px}, expected "
+            "finite numbers, an area of 0 or more"
+        )
+
+
 def _signature(tensors: tuple[TensorSpec, ...]) -> str:
     """Write tensors in one line; how a free axis is called does not matter."""
     return ", ".join(
@@ -189,10 +204,13 @@ def _check_file(folder: Path, file: FileDigest) -> None:
     path = _path_inside(folder, file.file)
     if not path.is_file():
         raise BundleError(f"{path}: missing; copy the whole bundle again or export it again")
-    size = path.stat().st_size
-    if size != file.size:
-        raise BundleError(f"{path}: {size} bytes, the manifest says {file.size}; copy or export the bundle again")
-    if digest_file(folder, file.file).sha256 != file.sha256:
+    try:
+        found = digest_file(folder, file.file)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+    if found.size != file.size:
+        raise BundleError(f"{path}: {found.size} bytes, the manifest says {file.size}; copy or export the bundle again")
+    if found.sha256 != file.sha256:
         raise BundleError(f"{path}: altered since it was exported (SHA-256 differs); copy or export the bundle again")
 
 

@@ -10,7 +10,6 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -20,6 +19,7 @@ from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
 PLAIN_INTERVAL_S = 30.0
 """Seconds between two lines of progress where nobody watches a terminal."""
@@ -58,7 +58,7 @@ class Console:
         if self.verbosity >= 0:
             print(text, file=sys.stderr)
 
-    def result(self, text: str, document: Mapping[str, object], json_file: str | None = None) -> None:
+    def result(self, text: str, document: Mapping[str, object], json_file: Path | None = None) -> None:
         """Give the result: as text on stdout, and as JSON where the user asked for it.
 
         Parameters
@@ -67,7 +67,7 @@ class Console:
             For people.
         document : mapping
             For programs.
-        json_file : str or None
+        json_file : Path or None
             File for the document; ``-`` prints it on stdout in place of the text.
 
         Raises
@@ -76,9 +76,10 @@ class Console:
             If the file cannot be written.
         """
         as_json = json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n"
-        if json_file is not None and json_file != "-":
-            write_text(Path(json_file), as_json)
-        sys.stdout.write(as_json if json_file == "-" else f"{text}\n")
+        to_stdout = str(json_file) == "-"
+        if json_file is not None and not to_stdout:
+            write_text(json_file, as_json)
+        sys.stdout.write(as_json if to_stdout else f"{text}\n")
         sys.stdout.flush()
 
     @contextmanager

@@ -29,7 +29,7 @@ DEMO_SEED = 7
 @output_option("Folder of everything that is made.  [default: demo]")
 @json_option
 @click.pass_context
-def demo(context: click.Context, out: Path | None, json_file: str | None) -> None:
+def demo(context: click.Context, out: Path | None, json_file: Path | None) -> None:
     """Run the whole chain on an embedded example.
 
     A phantom volume is made, the packaged weights are exported to a bundle, the bundle is verified, the volume is

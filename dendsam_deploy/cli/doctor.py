@@ -9,6 +9,8 @@ import click
 from dendsam_deploy.cli.options import command, json_option
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dendsam_deploy.cli.console import Console
     from dendsam_deploy.evaluate.doctor import MachineReport
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 @command("doctor", "doctor")
 @json_option
 @click.pass_context
-def doctor(context: click.Context, json_file: str | None) -> None:
+def doctor(context: click.Context, json_file: Path | None) -> None:
     """Show what this machine can run, and what would mend the rest.
 
     Every engine is made to run a small graph; what does not work comes with the reason and the line that mends it.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dendsam_deploy.cli.console import CheckFailedError
-from dendsam_deploy.cli.options import PATH, SLICES, Settings, command, json_option, word
+from dendsam_deploy.cli.options import HTML_FILE, PATH, SLICES, Settings, command, json_option, word
 from dendsam_deploy.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -24,9 +25,12 @@ def read_bound(text: str) -> tuple[str, float]:
     """Read ``KEY=VALUE``, a score and a number that it is compared with."""
     key, _, number = text.partition("=")
     try:
-        return key, float(number)
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is no bound, expected KEY=VALUE such as slices.pq=0.8") from error
+        bound = float(number)
+    except ValueError:
+        bound = math.nan
+    if not math.isfinite(bound):
+        raise click.BadParameter(f"{text!r} is no bound, expected KEY=VALUE such as slices.pq=0.8")
+    return key, bound
 
 
 BOUND = word("KEY=VALUE", read_bound)
@@ -43,7 +47,7 @@ BOUND = word("KEY=VALUE", read_bound)
 @SETTINGS.flag("--as-2d", "as_2d", "Labels hold for one slice only.")
 @click.option("--min", "least", type=BOUND, multiple=True, help="Exit 1 if a score is lower. Repeatable.")
 @click.option("--max", "most", type=BOUND, multiple=True, help="Exit 1 if an error is higher. Repeatable.")
-@click.option("--report", "page", type=PATH, metavar="FILE", help="Write the scores as an HTML page, too.")
+@click.option("--report", "page", type=HTML_FILE, metavar="FILE", help="Write the scores as an HTML page, too.")
 @json_option
 @click.pass_context
 def evaluate(
@@ -54,7 +58,7 @@ def evaluate(
     least: tuple[tuple[str, float], ...],
     most: tuple[tuple[str, float], ...],
     page: Path | None,
-    json_file: str | None,
+    json_file: Path | None,
 ) -> None:
     """Score LABELS against TRUTH.
 

@@ -31,7 +31,7 @@ SETTINGS = Settings("dendsam_deploy.export.options:ExportOptions")
 @click.option("--no-verify", is_flag=True, help="Publish the bundle without comparing it with the weights: unproven.")
 @json_option
 @click.pass_context
-def export(context: click.Context, sam: Path, out: Path, no_verify: bool, json_file: str | None) -> None:
+def export(context: click.Context, sam: Path, out: Path, no_verify: bool, json_file: Path | None) -> None:
     """Turn weights into a bundle that runs without torch.
 
     The graphs are compared with the weights before the bundle gets its name. Without --detector, boxes come from

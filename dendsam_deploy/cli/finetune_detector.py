@@ -32,7 +32,7 @@ SCHEDULE = Settings("dendsam_deploy.training.options:DetectorSchedule")
 @SETTINGS.flag("--no-resume", "resume", "Begin anew where an interrupted run could go on.")
 @json_option
 @click.pass_context
-def finetune_detector(context: click.Context, volume: Path, labels: Path, out: Path, json_file: str | None) -> None:
+def finetune_detector(context: click.Context, volume: Path, labels: Path, out: Path, json_file: Path | None) -> None:
     """Train the detector on the labelled slices of VOLUME.
 
     LABELS is a label volume of the same shape, one number for each object, 0 elsewhere. The last block of slices is

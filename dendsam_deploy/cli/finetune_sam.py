@@ -36,7 +36,7 @@ MODELS = click.Choice(MODEL_TYPES)
 @SETTINGS.flag("--no-resume", "resume", "Begin anew where an interrupted run could go on.")
 @json_option
 @click.pass_context
-def finetune_sam(context: click.Context, volume: Path, labels: Path, out: Path, json_file: str | None) -> None:
+def finetune_sam(context: click.Context, volume: Path, labels: Path, out: Path, json_file: Path | None) -> None:
     """Fine-tune SAM on the labelled slices of VOLUME.
 
     LABELS is a label volume of the same shape, one number for each object, 0 elsewhere. The last block of slices is

@@ -23,7 +23,7 @@ _CHECKPOINT_SUFFIXES = (".pt", ".pth")
 @click.argument("path", type=PATH)
 @json_option
 @click.pass_context
-def info(context: click.Context, path: Path, json_file: str | None) -> None:
+def info(context: click.Context, path: Path, json_file: Path | None) -> None:
     """Say what a volume, a checkpoint, a bundle or a result is.
 
     PATH is an image or label volume, a checkpoint of SAM or YOLO, an ONNX file, a bundle, or the folder that segment

@@ -47,7 +47,7 @@ EXIT_CODES: tuple[tuple[type[DendsamError], int], ...] = (
 )
 """Exit code of each branch of `errors`. A check that failed exits with 1, wrong usage with 2."""
 
-_INTERRUPTED = 75
+_STORAGE, _INTERRUPTED = 74, 75
 
 
 class _InOrder(click.Group):
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the result has gone. Python flushes stdout once more at exit, which must find something open.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _INTERRUPTED
-    except (DendsamError, click.ClickException, KeyboardInterrupt, MemoryError) as error:
+    except (DendsamError, click.ClickException, KeyboardInterrupt, MemoryError, OSError) as error:
         if console.verbosity > 1:
             traceback.print_exception(error)
         message, code = explain(error)
@@ -125,6 +125,11 @@ def explain(error: BaseException) -> tuple[str, int]:
             return error.format_message().rstrip(".") + hint, error.exit_code
         case click.ClickException():
             return error.format_message(), error.exit_code
+        case OSError():  # whatever nobody was prepared for
+            return (
+                f"{error.filename or 'a file'}: {error.strerror or error}; check the path and its permissions",
+                _STORAGE,
+            )
         case MemoryError():
             return "out of memory; free some and run the same command again", _INTERRUPTED
         case _:

@@ -39,8 +39,47 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound="Callable[..., None]")
 
-PATH = click.Path(path_type=Path)
+
+class _AnyPath(click.Path):
+    """A path that may be anything but empty."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        if str(value) == "":
+            self.fail("the path is empty; is a variable of the shell not set?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _ResultFile(_AnyPath):
+    """A file to write whose name says what it is, so that no input of another kind is ever overwritten.
+
+    Parameters
+    ----------
+    suffixes : str
+        Names of files that may be replaced end with one of these.
+    """
+
+    def __init__(self, *suffixes: str) -> None:
+        super().__init__(path_type=Path, readable=False, allow_dash=".json" in suffixes)
+        self._suffixes = suffixes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        path = super().convert(value, param, ctx)
+        if str(path) == "-":
+            return path
+        if path.is_dir():
+            self.fail(f"{path} is a folder; name the file to write", param, ctx)
+        if path.exists() and path.suffix.lower() not in self._suffixes:
+            self.fail(f"{path} exists and is no {self._suffixes[0]} file; choose another name", param, ctx)
+        if not path.parent.is_dir():
+            self.fail(f"{path.parent} is no folder; make it first or choose another place", param, ctx)
+        return path
+
+
+PATH = _AnyPath(path_type=Path, readable=False)
 """A path. Whether it can be used is for the library to say, which names what it found there."""
+
+JSON_FILE = _ResultFile(".json")
+HTML_FILE = _ResultFile(".html", ".htm")
 
 
 def command(name: str, example: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -73,8 +112,8 @@ def command(name: str, example: str) -> Callable[[Callable[..., None]], click.Co
 
 def json_option(function: Function) -> Function:
     """Add ``--json FILE``, which arrives as `json_file`."""
-    option = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON; - prints it instead.")
-    return option(function)
+    help_text = "Write the result as JSON; - prints it instead."
+    return click.option("--json", "json_file", type=JSON_FILE, metavar="FILE", help=help_text)(function)
 
 
 def output_option(help_text: str, *, required: bool = False) -> Callable[[Function], Function]:

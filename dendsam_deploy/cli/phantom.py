@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dendsam_deploy.cli.options import PATH, VOXEL_SIZE, Settings, command, json_option, word
-from dendsam_deploy.errors import StorageError
+from dendsam_deploy.errors import InvalidArgumentError, StorageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +39,7 @@ def read_shape(text: str) -> tuple[int, int, int]:
 @SETTINGS.flag("--dense", "dense", "Label every profile, as in a dense reconstruction.")
 @json_option
 @click.pass_context
-def phantom(context: click.Context, out: Path, json_file: str | None) -> None:
+def phantom(context: click.Context, out: Path, json_file: Path | None) -> None:
     """Make a synthetic stack of dendrites with exact labels.
 
     The folder OUT gets raw.tif, labels.tif (one label for each 3-D object) and labels_2d.tif (one for each profile of a
@@ -48,6 +48,7 @@ def phantom(context: click.Context, out: Path, json_file: str | None) -> None:
     from dendsam_deploy.volume.phantom import PhantomOptions, make_phantom
 
     console: Console = context.obj
+    check_place(out)
     made = make_phantom(PhantomOptions(**SETTINGS.given(context)))
     files = write_phantom(made, out)
     document = {
@@ -60,6 +61,27 @@ def phantom(context: click.Context, out: Path, json_file: str | None) -> None:
     console.result("\n".join(str(path) for path in files.values()), document, json_file)
 
 
+def phantom_files(out: Path) -> dict[str, Path]:
+    """Return where the image and both kinds of labels go."""
+    kinds = ("raw", "labels", "labels_2d")
+    if out.suffix.lower() in (".tif", ".tiff"):
+        return {name: out.with_stem(f"{out.stem}-{name}") for name in kinds} | {"raw": out}
+    return {name: out / f"{name}.tif" for name in kinds}
+
+
+def check_place(out: Path) -> None:
+    """Refuse to replace anything but a whole phantom.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Where one of the files exists, but not all three.
+    """
+    found = [path for path in phantom_files(out).values() if path.exists()]
+    if 0 < len(found) < 3:
+        raise InvalidArgumentError(f"{found[0]}: exists and is no part of a phantom; choose another name")
+
+
 def write_phantom(phantom: Phantom, out: Path) -> dict[str, Path]:
     """Write the image and both kinds of labels; see `phantom` for the names.
 
@@ -70,11 +92,7 @@ def write_phantom(phantom: Phantom, out: Path) -> dict[str, Path]:
     """
     from dendsam_deploy.volume.labels import smallest_label_dtype
 
-    kinds = ("raw", "labels", "labels_2d")
-    if out.suffix.lower() in (".tif", ".tiff"):
-        files = {name: out.with_stem(f"{out.stem}-{name}") for name in kinds} | {"raw": out}
-    else:
-        files = {name: out / f"{name}.tif" for name in kinds}
+    files = phantom_files(out)
     try:
         files["raw"].parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -50,7 +50,7 @@ FORMATS = click.Choice(["tif", "ome-zarr"])
 @json_option
 @click.pass_context
 def segment(
-    context: click.Context, volume: Path, bundle: Path | None, boxes: Path | None, json_file: str | None
+    context: click.Context, volume: Path, bundle: Path | None, boxes: Path | None, json_file: Path | None
 ) -> None:
     """Segment VOLUME into 3-D instances.
 

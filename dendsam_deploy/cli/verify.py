@@ -25,7 +25,7 @@ SETTINGS = Settings("dendsam_deploy.evaluate.parity:VerifyOptions")
 @runtime_options
 @json_option
 @click.pass_context
-def verify(context: click.Context, bundle: Path, json_file: str | None) -> None:
+def verify(context: click.Context, bundle: Path, json_file: Path | None) -> None:
     """Compare the graphs of BUNDLE with the original weights.
 
     Without checkpoints the graphs are compared with what the original modules returned when the bundle was exported;

@@ -14,6 +14,7 @@ from dendsam_deploy.evaluate.segmentation import find_segmentation
 from dendsam_deploy.metrics.contingency import ContingencyTable
 from dendsam_deploy.metrics.overlaps import ObjectOverlaps
 from dendsam_deploy.metrics.summary import ObjectScores, PartitionScores, score_objects, score_partition
+from dendsam_deploy.pipeline.journal import RUN_FILE
 from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 from dendsam_deploy.volume.open import open_labels
 
@@ -192,6 +193,8 @@ def evaluate_labels(
         The slices asked for are not in the volume.
     """
     options = options or EvaluateOptions()
+    if (Path(truth_path) / RUN_FILE).is_file():
+        raise InvalidArgumentError(f"{truth_path}: the result of a run, expected the truth; are the two swapped?")
     found = find_segmentation(Path(labels_path))
     if options.first_slice is None and found.first_slice is not None:
         options = replace(options, first_slice=found.first_slice)

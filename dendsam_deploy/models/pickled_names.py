@@ -6,12 +6,14 @@ A pickle is a program: it imports names and calls them. Its opcodes can be liste
 from __future__ import annotations
 
 import pickletools
+import sys
 import zipfile
 from typing import TYPE_CHECKING
 
 from dendsam_deploy.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 _LARGEST_PICKLE_BYTES = 256 << 20
@@ -20,6 +22,19 @@ _STRING_OPCODES = frozenset(
 )
 # Python 3 writes the old module name where it uses the protocol that torch uses.
 _OLD_BUILTINS = "__builtin__."
+
+# Of the standard library, what trainings leave in checkpoints and what only holds values.
+_HARMLESS = frozenset(
+    {
+        *(f"builtins.{name}" for name in ("set", "frozenset", "list", "dict", "tuple", "slice", "range", "object")),
+        *(f"builtins.{name}" for name in ("int", "float", "complex", "bool", "str", "bytes", "bytearray")),
+        *(f"collections.{name}" for name in ("OrderedDict", "defaultdict", "Counter", "deque")),
+        *(f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+        *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
+        *("argparse.Namespace", "copyreg._reconstructor", "_codecs.encode", "decimal.Decimal", "fractions.Fraction"),
+    }
+)
+_SYSTEM_MODULES = frozenset({"posix", "nt"})  # each is in the standard library's list of its own system only
 
 
 def pickled_names(path: Path) -> frozenset[str]:
@@ -61,6 +76,15 @@ def pickled_names(path: Path) -> frozenset[str]:
     return frozenset(
         f"builtins.{name.removeprefix(_OLD_BUILTINS)}" if name.startswith(_OLD_BUILTINS) else name for name in names
     )
+
+
+def dangerous_names(names: Iterable[str]) -> list[str]:
+    """Return those names that can do harm when they are called: the standard library's, but for plain values.
+
+    Names of other packages are no proof of ill will: trainings leave objects of their own in checkpoints.
+    """
+    modules = sys.stdlib_module_names | _SYSTEM_MODULES
+    return sorted(name for name in names if name.partition(".")[0] in modules and name not in _HARMLESS)
 
 
 def _pickle_bytes(path: Path) -> bytes:

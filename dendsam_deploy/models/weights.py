@@ -19,9 +19,9 @@ import torch
 from torch.nn import functional
 
 from dendsam_deploy.durable import make_folder, published
-from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, StorageError
+from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, StorageError, UnsafeFileError
 from dendsam_deploy.models.architectures import ENCODER_SHAPES, MODEL_TYPES, ModelType, default_image_size
-from dendsam_deploy.models.pickled_names import pickled_names
+from dendsam_deploy.models.pickled_names import dangerous_names, pickled_names
 from dendsam_deploy.models.sam import build_sam
 
 if TYPE_CHECKING:
@@ -155,7 +155,12 @@ def read_tensors(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # of damaged files, torch warns before it fails
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        foreign = _foreign_names(path) if is_archive else []
+        foreign = _foreign_names(path)
+        if dangerous := dangerous_names(foreign):
+            raise UnsafeFileError(
+                f"{path}: loading it would call {', '.join(dangerous[:2])}, which no weights need; "
+                "it was not loaded: do not trust where it comes from"
+            ) from error
         if foreign:
             raise CheckpointError(
                 f"{path}: holds Python objects besides tensors ({', '.join(foreign[:2])}), which are never loaded; "

@@ -150,7 +150,7 @@ def plan_job(volume_path: Path, volume: VolumeReader, session: Session, options:
         link=LinkOptions(method=options.linker),
     )
     boxes = GivenBoxes(options.boxes, options.detection_score, options.nms_iou) if options.boxes is not None else None
-    folder = options.out or _default_folder(volume_path)
+    folder = result_folder(volume_path, options)
     settings = {
         "program": dendsam_deploy.__version__,
         "input": _input_settings(volume, output.slices),
@@ -166,8 +166,11 @@ def plan_job(volume_path: Path, volume: VolumeReader, session: Session, options:
     return Job(volume, session, recipe, boxes, output, journal)
 
 
-def _default_folder(volume_path: Path) -> Path:
-    """Return ``NAME.dendsam`` beside the volume; of a path such as ``.``, the name is that of the folder it means."""
+def result_folder(volume_path: Path, options: SegmentOptions) -> Path:
+    """Return the folder that a run gets: by default ``NAME.dendsam`` beside the volume."""
+    if options.out is not None:
+        return options.out
+    # A path such as ``.`` has no name of its own.
     named = volume_path if volume_path.name not in ("", "..") else volume_path.resolve()
     return named.with_name(f"{named.name}.dendsam")
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dendsam_deploy.durable import append_line, make_folder, published, storage_errors, sync, write_text
+from dendsam_deploy.durable import append_line, exclusive, make_folder, published, storage_errors, sync, write_text
 from dendsam_deploy.errors import IncompleteRunError, InputFileError, InvalidArgumentError
 from dendsam_deploy.pipeline.pieces import bytes_from_instances, instances_from_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from dendsam_deploy.instances import Instances
@@ -155,6 +157,30 @@ class Journal:
         return instances_from_bytes(data)
 
 
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for one process at a time; a folder that stays empty is removed again.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Where the path is no folder, or another process is at work in it.
+    StorageError
+        Where the file system refuses.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InvalidArgumentError(f"{folder}: exists and is no run of this program; choose another --out")
+    make_folder(folder)
+    with exclusive(folder) as is_alone:
+        if not is_alone:
+            raise InvalidArgumentError(f"{folder}: another run is at work there; wait for it or choose another --out")
+        try:
+            yield
+        finally:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
 def begin_run(folder: Path, settings: Settings, signature: str) -> Journal:
     """Open a run's folder for the given settings, new or begun before.
 
@@ -203,7 +229,10 @@ def read_journal(folder: Path) -> Journal:
     path = folder / JOURNAL_FILE
     if not path.is_file():
         raise InputFileError(f"{path}: missing, so {folder} is no run of this program")
-    first, *others = path.read_bytes().split(b"\n")[:-1] or [b""]
+    try:
+        first, *others = path.read_bytes().split(b"\n")[:-1] or [b""]
+    except OSError as error:
+        raise InputFileError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
     try:
         header = RunHeader(**json.loads(first))
     except (ValueError, TypeError) as error:
@@ -225,12 +254,16 @@ def restart_run(folder: Path, settings: Settings, signature: str) -> Journal:
     path = folder / JOURNAL_FILE
     if not path.exists():
         return begin_run(folder, settings, signature)
-    with storage_errors(folder):
-        for entry in sorted(folder.iterdir()):
-            if _is_ours(entry) and entry != path:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        sync(folder)
+    _remove_results(folder)
     return _new_journal(folder, settings, signature)
+
+
+def abandon_run(journal: Journal) -> None:
+    """Forget a run that has not finished a single slice, so that it is in nobody's way."""
+    if not journal.entries:
+        _remove_results(journal.folder)
+        with storage_errors(journal.folder):
+            (journal.folder / JOURNAL_FILE).unlink(missing_ok=True)
 
 
 def fingerprint_of(settings: Settings) -> str:
@@ -261,6 +294,15 @@ def input_signature(path: Path) -> str:
 def sha256(data: bytes | memoryview) -> str:
     """Return a digest as hexadecimal text."""
     return hashlib.sha256(data).hexdigest()
+
+
+def _remove_results(folder: Path) -> None:
+    """Remove what a run put into its folder, except for the journal."""
+    with storage_errors(folder):
+        for entry in sorted(folder.iterdir()):
+            if _is_ours(entry) and entry.name != JOURNAL_FILE:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        sync(folder)
 
 
 def _new_journal(folder: Path, settings: Settings, signature: str) -> Journal:

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dendsam_deploy.errors import IncompleteRunError, InvalidArgumentError
+from dendsam_deploy.errors import DendsamError, IncompleteRunError, InvalidArgumentError
 from dendsam_deploy.pipeline.clock import StageClock
 from dendsam_deploy.pipeline.finish import finish_run
-from dendsam_deploy.pipeline.job import Job, SegmentOptions, input_digest, plan_job
-from dendsam_deploy.pipeline.journal import input_signature
+from dendsam_deploy.pipeline.job import Job, SegmentOptions, input_digest, plan_job, result_folder
+from dendsam_deploy.pipeline.journal import abandon_run, input_signature, working_in
 from dendsam_deploy.pipeline.prepare import PreparedSlice, prepare_slice
 from dendsam_deploy.pipeline.record import (
     SegmentResult,
@@ -81,7 +81,7 @@ def segment_volume(
     """
     started = time.perf_counter()
     path = Path(volume_path)
-    with open_volume(path, options.voxel_size_nm) as volume:
+    with open_volume(path, options.voxel_size_nm) as volume, working_in(result_folder(path, options)):
         job = plan_job(path, volume, session, options)
         finished = [z for z in job.output.slices if job.journal.is_proven(z)]
         todo = sorted(set(job.output.slices) - set(finished))
@@ -98,21 +98,29 @@ def segment_volume(
                 f"{job.journal.folder}: interrupted with {len(job.journal.entries)} of {len(job.output.slices)} slices "
                 "finished; run the same command again to resume"
             ) from error
+        except DendsamError:
+            abandon_run(job.journal)
+            raise
+        return _completed(job, links.object_count, clock, started, len(finished))
+
+
+def _completed(job: Job, objects_3d: int, clock: StageClock, started: float, resumed: int) -> SegmentResult:
+    """Write the record of a run whose files are all there."""
     entries = [job.journal.entries[z] for z in job.output.slices]
     stage_seconds = sum_stages([*(entry.seconds for entry in entries), clock.seconds])
     result = SegmentResult(
         out=job.journal.folder,
         slices=len(entries),
         objects_2d=sum(entry.objects for entry in entries),
-        objects_3d=links.object_count,
+        objects_3d=objects_3d,
         seconds=round(time.perf_counter() - started, 3),
         stage_seconds=stage_seconds,
         limiting_stage=limiting_stage(stage_seconds),
-        engine=session.engine,
-        device=session.device,
-        precision=session.precision,
+        engine=job.session.engine,
+        device=job.session.device,
+        precision=job.session.precision,
         fingerprint=job.journal.header.fingerprint,
-        resumed_slices=len(finished),
+        resumed_slices=resumed,
         notices=_notices(job),
     )
     write_record(job, result)

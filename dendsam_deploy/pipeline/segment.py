@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,8 +56,8 @@ class SliceOptions:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise InvalidArgumentError(f"{name} is {value}, expected 0 to 1")
-        if self.min_area_px is not None and not self.min_area_px >= 0:
-            raise InvalidArgumentError(f"min_area_px is {self.min_area_px}, expected 0 or more")
+        if self.min_area_px is not None and not 0 <= self.min_area_px < math.inf:
+            raise InvalidArgumentError(f"min_area_px is {self.min_area_px}, expected a number of 0 or more")
 
 
 @dataclass(frozen=True, slots=True)

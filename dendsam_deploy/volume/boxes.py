@@ -86,6 +86,9 @@ class _BoxTable:
         return None
 
 
+_MANY_PIECES, _SPECK_PX = 500, 5
+
+
 class _LabelBoxes:
     """Boxes around the pieces of the labels of a volume, slice by slice."""
 
@@ -100,7 +103,13 @@ class _LabelBoxes:
 
     def for_slice(self, z: int) -> Detections:
         """Return the boxes of slice `z`."""
-        boxes = boxes_from_labels(self._labels.read(z).astype(np.uint32)).boxes_xyxy
+        found = boxes_from_labels(self._labels.read(z).astype(np.uint32))
+        if len(found.areas_px) > _MANY_PIECES and np.median(found.areas_px) < _SPECK_PX:
+            raise InputFileError(
+                f"{self._labels.info.source}: slice {z} has {len(found.areas_px)} pieces of labels, most of them "
+                f"smaller than {_SPECK_PX} px; give instance labels: this may be the image itself"
+            )
+        boxes = found.boxes_xyxy
         return Detections(boxes, np.ones(len(boxes), np.float32))
 
     def __enter__(self) -> Self:

@@ -8,6 +8,7 @@ profiles share belongs to neither.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _SPARSE_SPACING_PX = (8.0, 15.0)  # of axons between labelled dendrites
 _DENSE_SPACING_PX = (13.0, 60.0)  # of profiles that are all labelled
 _SMALLEST_PIECE_PX = 200  # smaller pieces of an object in a slice are slivers of the geometry, not profiles
+_MOST_VOXELS = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,11 @@ class PhantomOptions:
         if depth < 1 or min(height, width) < 64:
             raise InvalidArgumentError(
                 f"a phantom of shape {self.shape_zyx} is too small, expected at least (1, 64, 64)"
+            )
+        if math.prod(self.shape_zyx) > _MOST_VOXELS:
+            raise InvalidArgumentError(
+                f"a phantom of shape {self.shape_zyx} needs about {math.prod(self.shape_zyx) * 24 / 2**30:.0f} GiB of "
+                f"memory, expected at most {_MOST_VOXELS:,} voxels; make several smaller ones"
             )
         if self.seed < 0:
             raise InvalidArgumentError(f"seed is {self.seed}, expected a number of at least 0")

@@ -152,7 +152,7 @@ def check_page(page: tifffile.TiffPage, first: tifffile.TiffPage, source: str) -
     if page.samplesperpixel > 1:
         raise VolumeError(
             f"{source}: has {page.samplesperpixel} samples per pixel (RGB or other colour), expected grey values; "
-            "convert it (Fiji: Image > Type > 8-bit)"
+            "convert it (Fiji: Image > Type > 8-bit); slices written by tifffile need photometric='minisblack'"
         )
     if page.imagedepth > 1:
         raise VolumeError(f"{source}: has pages of depth {page.imagedepth}, expected a page per slice; {REMEDY}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import TYPE_CHECKING
 
@@ -195,3 +196,51 @@ def test_a_checkpoint_that_would_run_code_is_refused(refused, words, disguise, t
     torch.save(content, bad)
     refused(words, bad, codes=(4, 77))
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("option", ["--json", "--report"])
+def test_results_never_replace_a_file_of_another_kind(run, discs, tmp_path, option) -> None:
+    labels = tmp_path / "labels.tif"
+    shutil.copy(discs / "labels.tif", labels)
+    before = labels.read_bytes()
+    outcome = run("evaluate", labels, labels, option, labels)
+    assert outcome.code == 2
+    assert f"{labels} exists and is no .{'json' if option == '--json' else 'html'} file" in outcome.message
+    assert labels.read_bytes() == before
+    for place, complaint in ((tmp_path, "is a folder"), (tmp_path / "no" / "x.json", "is no folder"), ("", "is empty")):
+        outcome = run("evaluate", labels, labels, option, place)
+        assert outcome.code == 2
+        assert complaint in outcome.message
+
+
+def test_an_empty_path_is_no_folder(run) -> None:
+    outcome = run("info", "")
+    assert outcome.code == 2
+    assert "the path is empty" in outcome.message
+
+
+def test_the_image_is_no_source_of_boxes(run, discs, bundle, tmp_path) -> None:
+    noise = write(tmp_path / "noise.tif", np.random.default_rng(0).integers(1, 255, (2, 96, 96), dtype=np.uint8))
+    outcome = run("segment", noise, "-b", bundle, "-o", tmp_path / "out", "--boxes", noise)
+    assert outcome.code == 4
+    assert f"{noise}: slice 0 has" in outcome.message
+    assert "this may be the image itself" in outcome.message
+
+
+def test_a_run_in_place_of_the_truth(run, discs, bundle, tmp_path) -> None:
+    assert run("segment", discs / "raw.tif", "-b", bundle, "-o", tmp_path / "out").code == 0
+    outcome = run("evaluate", discs / "labels.tif", tmp_path / "out")
+    assert outcome.code == 2
+    assert "are the two swapped?" in outcome.message
+
+
+@pytest.mark.parametrize(("name", "value"), [("detection_score", 5), ("nms_iou", -1), ("min_area_px", -3)])
+def test_thresholds_with_which_nothing_can_be_found(run, bundle, tmp_path, name, value) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["thresholds"][name] = value
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    outcome = run("info", copy)
+    assert outcome.code == 4
+    assert f"{name} " in outcome.message

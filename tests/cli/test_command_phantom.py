@@ -39,3 +39,21 @@ def test_a_place_that_cannot_be_written(run, tmp_path) -> None:
     outcome = run("phantom", tmp_path / "file" / "ph", "--shape", "2,64,64")
     assert outcome.code == 74
     assert str(tmp_path / "file" / "ph") in outcome.message
+
+
+def test_only_a_whole_phantom_is_replaced(run, tmp_path) -> None:
+    assert run("phantom", tmp_path / "ph", "--shape", "2,64,64").code == 0
+    assert run("phantom", tmp_path / "ph", "--shape", "2,64,64", "--seed", "3").code == 0
+    (tmp_path / "ph" / "labels_2d.tif").unlink()
+    before = (tmp_path / "ph" / "raw.tif").read_bytes()
+    outcome = run("phantom", tmp_path / "ph", "--shape", "2,64,64")
+    assert outcome.code == 2
+    assert outcome.message == f"{tmp_path / 'ph' / 'raw.tif'}: exists and is no part of a phantom; choose another name"
+    assert (tmp_path / "ph" / "raw.tif").read_bytes() == before
+
+
+def test_what_no_memory_holds_is_refused_at_once(run, tmp_path) -> None:
+    outcome = run("phantom", tmp_path / "ph", "--shape", "100000,100000,100000")
+    assert outcome.code == 2
+    assert "GiB of memory" in outcome.message
+    assert not (tmp_path / "ph").exists()

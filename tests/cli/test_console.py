@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 
@@ -83,12 +84,12 @@ def test_quiet_shows_neither_progress_nor_notes(capsys) -> None:
 
 
 def test_json_in_place_of_text(capsys) -> None:
-    Console().result("text", {"value": 1}, "-")
+    Console().result("text", {"value": 1}, Path("-"))
     assert json.loads(capsys.readouterr().out) == {"value": 1}
 
 
 def test_json_beside_the_text(capsys, tmp_path) -> None:
-    Console().result("text", {"value": 1}, str(tmp_path / "result.json"))
+    Console().result("text", {"value": 1}, tmp_path / "result.json")
     assert capsys.readouterr().out == "text\n"
     assert json.loads((tmp_path / "result.json").read_text()) == {"value": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
@@ -96,7 +97,7 @@ def test_json_beside_the_text(capsys, tmp_path) -> None:
 
 def test_json_that_cannot_be_written(tmp_path) -> None:
     with pytest.raises(StorageError, match=r"nowhere/result\.json: cannot be written"):
-        Console().result("text", {}, str(tmp_path / "nowhere" / "result.json"))
+        Console().result("text", {}, tmp_path / "nowhere" / "result.json")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from segment_anything import sam_model_registry
 
-from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, StorageError
+from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, StorageError, UnsafeFileError
 from dendsam_deploy.models.sam import build_sam
 from dendsam_deploy.models.weights import (
     RECORD_KEY,
@@ -207,7 +207,7 @@ class TestWhatIsRefused:
             torch.save(content, path)
         else:
             path.write_bytes(pickle.dumps({"x": Canary(canary)}))
-        with pytest.raises(CheckpointError):
+        with pytest.raises(UnsafeFileError, match=r"loading it would call .*; it was not loaded"):
             load_sam(path)
         assert not canary.exists()
         torch.load(path, weights_only=False) if as_torch_file else pickle.loads(path.read_bytes())

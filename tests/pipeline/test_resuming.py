@@ -11,19 +11,21 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import tifffile
-from stack_runs import DEPTH, RESULT_FILES, FixedBoxes, content_of
+from stack_runs import DEPTH, RESULT_FILES, FixedBoxes, content_of, draw_stack
 from synthetic_session import CountingFunction, detect_discs, make_manifest, make_session
 
 from dendsam_deploy.errors import (
     IncompleteRunError,
     InvalidArgumentError,
     StorageError,
+    VolumeError,
 )
 from dendsam_deploy.pipeline.prepare import plan_tiles
 from dendsam_deploy.pipeline.run import SegmentOptions, segment_volume
@@ -256,3 +258,32 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(volume: Pa
     assert process.returncode == 0
     assert kills >= 2
     assert content_of(out) == content_of(whole.out)
+
+
+def test_two_processes_cannot_work_in_one_folder(volume: Path):
+    out = volume.parent / "shared"
+    script = KILLED_SCRIPT.replace("0.002", "1.0")
+    command = [sys.executable, "-c", script, str(volume), str(out), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
+        try:
+            for _ in range(600):
+                if (out / "journal.jsonl").exists():
+                    break
+                time.sleep(0.05)
+            with pytest.raises(InvalidArgumentError, match="another run is at work there"):
+                segment_volume(volume, make_session(), SegmentOptions(out=out))
+        finally:
+            other.kill()
+    assert segment_volume(volume, make_session(), SegmentOptions(out=out)).slices == DEPTH
+
+
+def test_a_run_that_finished_no_slice_is_in_nobodys_way(tmp_path: Path):
+    stack = draw_stack().astype(np.float32)
+    stack[0, 0, 0] = np.nan
+    tifffile.imwrite(tmp_path / "stack.tif", stack)
+    with pytest.raises(VolumeError, match="slice 0"):
+        segment_volume(tmp_path / "stack.tif", make_session(), SegmentOptions())
+    assert [path.name for path in tmp_path.iterdir()] == ["stack.tif"]
+    stack[0, 0, 0] = 0
+    tifffile.imwrite(tmp_path / "stack.tif", stack)
+    assert segment_volume(tmp_path / "stack.tif", make_session(), SegmentOptions()).slices == DEPTH
