@@ -140,8 +140,10 @@ def load_detector(path: Path, seed: int = 0) -> YoloDetector:
     content = read_checkpoint(path)
     network = content.get("ema") or content.get("model")
     if not isinstance(network, tasks.DetectionModel):
-        kind = type(network).__name__
-        raise CheckpointError(f"{path}: holds a {kind}, expected an Ultralytics detector (DetectionModel)")
+        kind = (
+            f"a {type(network).__name__}" if network is not None else "tensors without a network, such as SAM weights"
+        )
+        raise CheckpointError(f"{path}: holds {kind}, expected an Ultralytics detector (DetectionModel)")
     _check_head(network, path)
     arguments = content.get("train_args")
     trained_px = arguments.get("imgsz", COCO_IMAGE_SIZE_PX) if isinstance(arguments, dict) else COCO_IMAGE_SIZE_PX

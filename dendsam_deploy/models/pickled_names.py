@@ -57,7 +57,8 @@ def pickled_names(path: Path) -> frozenset[str]:
         If the file is missing, empty, cut off or no pickle at all.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give the path of a checkpoint (.pt)")
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise CheckpointError(f"{path}: {found}; give the path of a checkpoint (.pt)")
     program = _pickle_bytes(path)
     names: set[str] = set()
     strings = ["?", "?"]

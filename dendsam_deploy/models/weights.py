@@ -141,7 +141,8 @@ def read_tensors(path: Path) -> dict[str, Any]:
         If the file is missing, empty, cut off, or needs more than that.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give the path of a SAM checkpoint (.pt or .pth)")
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise CheckpointError(f"{path}: {found}; give the path of a SAM checkpoint (.pt or .pth)")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

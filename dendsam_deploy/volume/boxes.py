@@ -60,7 +60,7 @@ def open_boxes(path: Path, shape_zyx: tuple[int, int, int]) -> BoxSource:
     """
     if not path.exists():
         raise InputFileError(f"{path}: does not exist; give a folder of YOLO txt files, a CSV or a label volume")
-    if path.is_dir() and (files := sorted(file for file in path.glob("*.txt") if file.name[0] not in "._")):
+    if path.is_dir() and (files := sorted(file for file in path.glob("*.txt") if _is_box_file(file))):
         return _BoxTable(_read_yolo(path, files, shape_zyx))
     if path.suffix.lower() == ".csv":
         return _BoxTable(_read_csv(path, shape_zyx))
@@ -122,6 +122,11 @@ class _LabelBoxes:
         self._labels.__exit__(kind, error, traceback)
 
 
+def _is_box_file(file: Path) -> bool:
+    """Tell YOLO's box files from hidden ones and from the list of classes that labelling programs write beside them."""
+    return file.name[0] not in "._" and file.name != "classes.txt"
+
+
 def _read_csv(path: Path, shape_zyx: tuple[int, int, int]) -> dict[int, Detections]:
     """Read a table of boxes."""
     rows: dict[int, list[list[float]]] = {}
@@ -131,8 +136,10 @@ def _read_csv(path: Path, shape_zyx: tuple[int, int, int]) -> dict[int, Detectio
         if missing := [name for name in _CSV_COLUMNS if name not in header]:
             raise InputFileError(
                 f"{path}: its first line lacks {', '.join(missing)} (found {', '.join(header) or 'nothing'}); expected "
-                f"{','.join(_CSV_COLUMNS)}[,score]"
+                f"{','.join(_CSV_COLUMNS)}[,score], separated by commas"
             )
+        if len(set(header)) < len(header):
+            raise InputFileError(f"{path}: its first line names a column twice ({', '.join(header)}); keep one of them")
         for words in reader:
             if not any(word.strip() for word in words):
                 continue

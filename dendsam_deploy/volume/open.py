@@ -118,6 +118,8 @@ def _name_content(start: bytes) -> str:
     for magic, name in _FOREIGN_MAGIC.items():
         if start.startswith(magic):
             return name
+    if len(start) < 8:
+        return f"cut off after {len(start)} bytes"
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start):
         return f"a text file (it begins with {start.decode('ascii')!r})"
     return f"no image of a known kind (it begins with {start[:8]!r})"

@@ -53,6 +53,17 @@ def test_names_that_do_not_tell_the_slice_are_refused(names, message, tmp_path):
         read(write(tmp_path, dict.fromkeys(names, "")))
 
 
+def test_the_list_of_classes_beside_box_files_is_no_slice(tmp_path):
+    files = {f"s{z}.txt": "0 0.5 0.5 0.5 0.5\n" for z in range(4)} | {"classes.txt": "dendrite\n"}
+    assert [len(each) for each in read(write(tmp_path, files))] == [1, 1, 1, 1]
+
+
+def test_a_column_that_occurs_twice_is_ambiguous(tmp_path):
+    (tmp_path / "boxes.csv").write_text("z,z,x0,y0,x1,y1\n0,1,2,3,4,5\n")
+    with pytest.raises(InputFileError, match="names a column twice"):
+        read(tmp_path / "boxes.csv")
+
+
 def test_csv_in_any_order_of_columns_with_extra_ones(tmp_path):
     table = "\ufeffScore,z,label,X0,y0,x1,y1\n0.5,2,7,1,2,3.5,4\n1,0,8,0,0,80,40\n"
     (tmp_path / "boxes.csv").write_text(table)
