@@ -12,9 +12,10 @@ import dendsam_deploy
 from dendsam_deploy.errors import InvalidArgumentError
 from dendsam_deploy.instances import Detections, suppress_duplicates
 from dendsam_deploy.pipeline.finish import LabelFormat, OutputSpec
-from dendsam_deploy.pipeline.journal import Journal, Settings, begin_run, input_signature, restart_run
+from dendsam_deploy.pipeline.journal import Journal, Settings, begin_run, restart_run
 from dendsam_deploy.pipeline.link import LinkMethod, LinkOptions
 from dendsam_deploy.pipeline.segment import SliceOptions, SliceRecipe, make_recipe, require_detector
+from dendsam_deploy.volume.open import input_signature
 
 if TYPE_CHECKING:
     from pathlib import Path

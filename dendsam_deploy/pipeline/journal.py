@@ -283,14 +283,6 @@ def differences(old: Settings, new: Settings, where: str = "") -> list[str]:
     return found
 
 
-def input_signature(path: Path) -> str:
-    """Return number, bytes and newest time stamp of a volume's files: cheap, and it changes when the volume does."""
-    files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
-    facts = [file.stat() for file in files]
-    newest = max((fact.st_mtime_ns for fact in facts), default=0)
-    return f"{len(facts)} files, {sum(fact.st_size for fact in facts)} bytes, {newest} ns"
-
-
 def sha256(data: bytes | memoryview) -> str:
     """Return a digest as hexadecimal text."""
     return hashlib.sha256(data).hexdigest()

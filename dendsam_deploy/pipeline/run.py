@@ -15,7 +15,7 @@ from dendsam_deploy.errors import DendsamError, IncompleteRunError, InvalidArgum
 from dendsam_deploy.pipeline.clock import StageClock
 from dendsam_deploy.pipeline.finish import finish_run
 from dendsam_deploy.pipeline.job import Job, SegmentOptions, input_digest, plan_job, result_folder
-from dendsam_deploy.pipeline.journal import abandon_run, input_signature, working_in
+from dendsam_deploy.pipeline.journal import abandon_run, working_in
 from dendsam_deploy.pipeline.prepare import PreparedSlice, prepare_slice
 from dendsam_deploy.pipeline.record import (
     SegmentResult,
@@ -27,7 +27,7 @@ from dendsam_deploy.pipeline.record import (
 from dendsam_deploy.pipeline.segment import segment_prepared
 from dendsam_deploy.progress import Progress, no_progress
 from dendsam_deploy.volume.intensity import to_uint8
-from dendsam_deploy.volume.open import open_volume
+from dendsam_deploy.volume.open import input_signature, open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

@@ -37,7 +37,7 @@ from dendsam_deploy.training.detector_tiles import (
     write_tiles,
 )
 from dendsam_deploy.training.device import check_device
-from dendsam_deploy.training.resume_folder import ResumeFolder
+from dendsam_deploy.training.resume import ResumeFolder, training_fingerprint
 from dendsam_deploy.training.source import TrainingSource, open_source
 from dendsam_deploy.weights import PACKAGED_DETECTOR
 
@@ -126,8 +126,8 @@ def finetune_detector(
     check_device(options.schedule.device)
     prepare_place(options.out)
     start = _starting_detector(options)
-    settings = dataclasses.asdict(options) | {"out": "", "resume": "", "start": start.sha256 or start.architecture}
-    folder = ResumeFolder(options.out, settings | {"volume": volume_path, "labels": labels_path})
+    digest = start.sha256 or start.architecture
+    folder = ResumeFolder(options.out, training_fingerprint(options, volume_path, labels_path, digest))
     earlier_s = folder.open(resume=options.resume)
     started -= earlier_s
     try:

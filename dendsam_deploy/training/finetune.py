@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +12,9 @@ import torch
 from dendsam_deploy.durable import prepare_place
 from dendsam_deploy.errors import CheckpointError, InvalidArgumentError
 from dendsam_deploy.models.sam import build_sam, initialise
-from dendsam_deploy.models.weights import TrainingRecord, load_sam, read_tensors, save_sam, write_tensors
+from dendsam_deploy.models.weights import TrainingRecord, load_sam, save_sam
 from dendsam_deploy.progress import ProgressCallback, no_progress
+from dendsam_deploy.training.resume import ResumeFile, training_fingerprint
 from dendsam_deploy.training.sam import SamTrainer, TrainingState
 from dendsam_deploy.training.source import open_source
 from dendsam_deploy.weights import PACKAGED_SAM
@@ -70,10 +69,10 @@ def finetune_sam(
     """
     prepare_place(options.out)
     torch.manual_seed(options.schedule.seed)
-    sam, image_size = _starting_model(options)
+    sam, image_size, digest = _starting_model(options)
     with open_source(volume_path, labels_path, options, image_size) as source:
-        saved = _SavedState(options, f"{source.train.description}|{source.recipe}")
-        state = saved.load() if options.resume else None
+        saved = ResumeFile(options.out, training_fingerprint(options, volume_path, labels_path, digest))
+        state = saved.load(TrainingState) if options.resume else None
         trainer = SamTrainer(sam, [source], options.schedule, with_hints=options.model_type == "tiny")
         trained = trainer.run(progress, state, saved.store)
     train, held_out = source.train.slices, source.held_out.slices
@@ -97,12 +96,12 @@ def finetune_sam(
     return result
 
 
-def _starting_model(options: FinetuneSamOptions) -> tuple[nn.Module, int]:
-    """Return the model to train and the side of its input, px."""
+def _starting_model(options: FinetuneSamOptions) -> tuple[nn.Module, int, str]:
+    """Return the model to train, the side of its input in px, and the digest of the file that it comes from."""
     if options.from_scratch:
         sam = build_sam(options.model_type, options.image_size)
         initialise(sam, torch.Generator().manual_seed(options.schedule.seed))
-        return sam, int(sam.image_encoder.img_size)
+        return sam, int(sam.image_encoder.img_size), ""
     start = options.start or (PACKAGED_SAM if options.model_type == "tiny" else None)
     if start is None:
         raise InvalidArgumentError(
@@ -115,7 +114,7 @@ def _starting_model(options: FinetuneSamOptions) -> tuple[nn.Module, int]:
             f"{start}: holds a {loaded.record.model_type}, but {options.model_type} was asked for; "
             "name the type of the file"
         )
-    return loaded.sam, loaded.record.image_size
+    return loaded.sam, loaded.record.image_size, loaded.sha256
 
 
 def _record(result: FinetunedSam, image_size: int, data: dict[str, Any]) -> TrainingRecord:
@@ -128,44 +127,3 @@ def _record(result: FinetunedSam, image_size: int, data: dict[str, Any]) -> Trai
         "seconds": result.seconds,
     }
     return TrainingRecord(result.model_type, image_size, result.model_pixel_size_nm, result.zoom, summary)
-
-
-class _SavedState:
-    """The file beside the checkpoint from which an interrupted run goes on; bound to the run's settings."""
-
-    def __init__(self, options: FinetuneSamOptions, data: str) -> None:
-        self.path = options.out.with_name(f".{options.out.name}.resume")
-        settings = dataclasses.asdict(options) | {"resume": None, "out": None, "data": data}
-        self.settings = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()
-
-    def load(self) -> TrainingState | None:
-        """Return where the run stopped, or None if there is nothing to go on from.
-
-        Raises
-        ------
-        CheckpointError
-            If the file belongs to other settings or data.
-        """
-        if not self.path.exists():
-            return None
-        try:
-            content = read_tensors(self.path)
-            settings, state = content["settings"], TrainingState(*content["state"])
-        except (CheckpointError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{self.path}: the state of an interrupted training is damaged; start anew with --no-resume"
-            ) from error
-        if settings != self.settings:
-            raise CheckpointError(
-                f"{self.path}: left by an interrupted training with other settings or data; "
-                "repeat those to go on, or start anew with --no-resume"
-            )
-        return state
-
-    def store(self, state: TrainingState) -> None:
-        """Replace the file."""
-        write_tensors(self.path, {"settings": self.settings, "state": list(state)})
-
-    def remove(self) -> None:
-        """Forget the run: it is finished."""
-        self.path.unlink(missing_ok=True)

@@ -114,11 +114,6 @@ class LabelledVolume:
         self._cache: OrderedDict[int, LabelledSlice] = OrderedDict()
         self._cached_bytes = 0
 
-    @property
-    def description(self) -> str:
-        """What is known about the image and the labels; another volume has another description."""
-        return f"{self._image.info}|{self._labels.info}"
-
     def __getitem__(self, z: int) -> LabelledSlice:
         """Return slice `z`, prepared; slices that may not be used are refused."""
         if z not in self.slices:

@@ -111,6 +111,14 @@ def _open(path: Path, voxel_size_nm: tuple[float, float, float] | None, prefer_l
     raise VolumeError(f"{path}: is {_name_content(start)}; {_EXPECTED}")
 
 
+def input_signature(path: Path) -> str:
+    """Return number, bytes and newest time stamp of a volume's files: cheap, and it changes when the volume does."""
+    files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
+    facts = [file.stat() for file in files]
+    newest = max((fact.st_mtime_ns for fact in facts), default=0)
+    return f"{len(facts)} files, {sum(fact.st_size for fact in facts)} bytes, {newest} ns"
+
+
 def _name_content(start: bytes) -> str:
     """Say in words what a file seems to be from its first bytes."""
     if not start:

@@ -23,7 +23,7 @@ from dendsam_deploy.training.detector import (
 )
 from dendsam_deploy.training.detector_tiles import BoxStatistics, held_out_tiles, training_tiles, write_tiles
 from dendsam_deploy.training.options import DetectorSchedule, DetectorTrainingOptions
-from dendsam_deploy.training.resume_folder import ResumeFolder
+from dendsam_deploy.training.resume import ResumeFolder
 from dendsam_deploy.training.samples import LabelledVolume, Tile, TileRecipe
 from dendsam_deploy.volume.open import open_labels, open_volume
 from dendsam_deploy.volume.raster import decode_png
@@ -228,17 +228,17 @@ def test_objects_beyond_the_detector_are_pointed_out():
     assert "narrower than 5 px" in box_warnings(narrow, 512)[0]
 
 
-def test_a_resume_folder_belongs_to_its_settings(tmp_path):
+def test_a_resume_folder_belongs_to_its_fingerprint(tmp_path):
     out = tmp_path / "x.pt"
-    first = ResumeFolder(out, {"a": 1})
+    first = ResumeFolder(out, "one")
     assert first.open(resume=True) == 0
     (first.path / "kept").touch()
     first.note(12.5)
-    assert ResumeFolder(out, {"a": 1}).open(resume=True) == 12.5
+    assert ResumeFolder(out, "one").open(resume=True) == 12.5
     with pytest.raises(CheckpointError, match="other settings"):
-        ResumeFolder(out, {"a": 2}).open(resume=True)
+        ResumeFolder(out, "two").open(resume=True)
     (first.path / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
-        ResumeFolder(out, {"a": 1}).open(resume=True)
-    assert ResumeFolder(out, {"a": 2}).open(resume=False) == 0
+        ResumeFolder(out, "one").open(resume=True)
+    assert ResumeFolder(out, "two").open(resume=False) == 0
     assert not (first.path / "kept").exists()
