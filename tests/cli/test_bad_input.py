@@ -221,14 +221,15 @@ def test_an_empty_path_is_no_folder(run) -> None:
 
 def test_the_image_is_no_source_of_boxes(run, discs, bundle, tmp_path) -> None:
     noise = write(tmp_path / "noise.tif", np.random.default_rng(0).integers(1, 255, (2, 96, 96), dtype=np.uint8))
-    outcome = run("segment", noise, "-b", bundle, "-o", tmp_path / "out", "--boxes", noise)
+    outcome = run("segment", noise, "-b", bundle, "-o", tmp_path / "out", "--boxes", noise, "-q")
     assert outcome.code == 4
     assert f"{noise}: slice 0 has" in outcome.message
     assert "this may be the image itself" in outcome.message
 
 
 def test_a_run_in_place_of_the_truth(run, discs, bundle, tmp_path) -> None:
-    assert run("segment", discs / "raw.tif", "-b", bundle, "-o", tmp_path / "out").code == 0
+    words = ["segment", discs / "raw.tif", "-b", bundle, "-o", tmp_path / "out", "--boxes", discs / "labels.tif"]
+    assert run(*words).code == 0
     outcome = run("evaluate", discs / "labels.tif", tmp_path / "out")
     assert outcome.code == 2
     assert "are the two swapped?" in outcome.message

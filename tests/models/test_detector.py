@@ -245,7 +245,7 @@ def broken_files(folder, yolov8n):
         "cut.pt": (whole[: len(whole) // 2], "cut off or damaged"),
         "text.pt": (b"These are not the weights you are looking for.\n", "not a"),
         "list.pt": (None, "holds a list"),
-        "tensors.pt": (None, "holds a NoneType"),
+        "tensors.pt": (None, "holds tensors without a network"),
         "scripted.pt": (None, "not a"),
     }
     for name, (content, _) in contents.items():

@@ -170,7 +170,7 @@ class TestWhatIsRefused:
         refused(tmp_path / "no.pt", "no such file; give the path of a SAM checkpoint")
 
     def test_folder(self, tmp_path):
-        refused(tmp_path, "no such file")
+        refused(tmp_path, "is a folder; give the path of a SAM checkpoint")
 
     def test_empty(self, tmp_path):
         (tmp_path / "empty.pt").touch()
