@@ -31,8 +31,8 @@ MEDULLA_ZOOM = 2**1.5
 SCALE_OCTAVES = 0.5
 PHANTOM_SHAPE = (8, 448, 448)
 
-# What the packaged weights recommend: of a few values tried on a dozen phantoms, the demonstration's among them, those of
-# the best PQ. demo_seeds.py scores phantoms that had no say in it.
+# What the packaged weights recommend: of a few values tried on a dozen phantoms, the demonstration's among them, those
+# of the best PQ. demo_seeds.py scores phantoms that had no say in it.
 DEMO_ZOOM = 1.7
 DEMO_DETECTION_SCORE = 0.5
 DEMO_MODEL_PIXEL_NM = PhantomOptions().voxel_size_nm[2] / DEMO_ZOOM
