@@ -12,7 +12,7 @@ from dendsam_deploy.errors import InvalidArgumentError, StorageError
 try:
     import fcntl
 except ModuleNotFoundError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -105,6 +105,7 @@ def load_reference(path: Path, tile_size_px: int) -> StoredReference:
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = {name.removesuffix(".npy"): _read_array(archive, name) for name in archive.namelist()}
+    # A damaged archive fails in any of these ways, depending on where the damage lies.
     except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
         raise BundleError(f"{path}: not a stored reference ({error}); export the bundle again") from error
     _check_arrays(path, arrays, tile_size_px)

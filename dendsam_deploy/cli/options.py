@@ -43,7 +43,7 @@ Function = TypeVar("Function", bound="Callable[..., None]")
 class _AnyPath(click.Path):
     """A path that may be anything but empty."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - as click declares it
         if str(value) == "":
             self.fail("the path is empty; is a variable of the shell not set?", param, ctx)
         return super().convert(value, param, ctx)
@@ -62,7 +62,7 @@ class _ResultFile(_AnyPath):
         super().__init__(path_type=Path, readable=False, allow_dash=".json" in suffixes)
         self._suffixes = suffixes
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - as click declares it
         path = super().convert(value, param, ctx)
         if str(path) == "-":
             return path

@@ -105,6 +105,7 @@ def _pickle_bytes(path: Path) -> bytes:
             if len(members) != 1 or members[0].file_size > _LARGEST_PICKLE_BYTES:
                 raise CheckpointError(f"{path}: a zip archive without one data.pkl of sane size; give a .pt file")
             return archive.read(members[0])
+    # A damaged archive fails in any of these ways, depending on where the damage lies.
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: the checkpoint is cut off or damaged ({size:,} bytes); download or copy it again"

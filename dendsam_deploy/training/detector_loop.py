@@ -184,7 +184,7 @@ class _Watch:
             loader.dataset, num_samples=self._plan.schedule.epoch_tiles, generator=generator
         )
 
-    def after_batch(self, trainer: Any) -> None:  # noqa: ANN401
+    def after_batch(self, trainer: Any) -> None:  # noqa: ANN401 - as above
         """Report."""
         self._batch += 1
         self._trained_until = time.monotonic()
@@ -201,7 +201,7 @@ class _Watch:
         note = f"epoch {trainer.epoch + 1}, loss {loss:.3f}, {judged}{left_min:.1f} min left"
         self._progress(Progress("train detector", min(1.0, done), 1.0, note))
 
-    def after_epoch(self, trainer: Any) -> None:  # noqa: ANN401
+    def after_epoch(self, trainer: Any) -> None:  # noqa: ANN401 - as above
         """Note the score and the time, and see to it that the training ends when it should."""
         now, self._batch = time.monotonic(), 0
         self._held_out = float(trainer.metrics.get("metrics/mAP50(B)", math.nan))
@@ -263,7 +263,7 @@ def _can_resume(plan: LoopPlan) -> bool:
     return 0 <= epoch < int(planned) - 1
 
 
-def _scores(trainer: Any) -> HeldOutScores:  # noqa: ANN401
+def _scores(trainer: Any) -> HeldOutScores:  # noqa: ANN401 - as above
     """Read the last judgement, that of the best checkpoint."""
     box = trainer.validator.metrics.box
     precision, recall, map50, map50_95 = (float(value) for value in box.mean_results())

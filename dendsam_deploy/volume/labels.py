@@ -88,7 +88,7 @@ def _create_sink(path: Path, spec: LabelVolumeSpec) -> _Sink:
     if spec.format == "tif":
         return TiffLabelSink(path, spec)
     # zarr takes as long to import as all the rest of this package; only those who need it wait.
-    from dendsam_deploy.volume.ngff_labels import NgffLabelSink  # noqa: PLC0415
+    from dendsam_deploy.volume.ngff_labels import NgffLabelSink  # noqa: PLC0415 - see above
 
     return NgffLabelSink(path, spec)
 

@@ -91,7 +91,7 @@ def _open(path: Path, voxel_size_nm: tuple[float, float, float] | None, prefer_l
     try:
         if is_zarr(path):
             # zarr takes as long to import as all the rest of this package; only those who need it wait.
-            from dendsam_deploy.volume.ngff import ZarrReader  # noqa: PLC0415
+            from dendsam_deploy.volume.ngff import ZarrReader  # noqa: PLC0415 - see above
 
             return ZarrReader(path, voxel_size_nm, prefer_labels)
         if path.is_dir():

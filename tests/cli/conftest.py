@@ -103,7 +103,7 @@ def random_sam(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `tiny` SAM of 64 px with random weights."""
     torch = pytest.importorskip("torch", reason="needs the extra train")
     from dendsam_deploy.models.sam import build_sam, initialise  # noqa: PLC0415 - behind the check above
-    from dendsam_deploy.models.weights import TrainingRecord, save_sam  # noqa: PLC0415
+    from dendsam_deploy.models.weights import TrainingRecord, save_sam  # noqa: PLC0415 - as above
 
     sam = build_sam("tiny", 64)
     initialise(sam, torch.Generator().manual_seed(0))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import onnx
 import pytest
+
+from dendsam_deploy.bundle.bundle import MANIFEST_FILE, digest_file
+from dendsam_deploy.bundle.manifest import Manifest
 
 
 @pytest.fixture
@@ -75,11 +79,6 @@ def test_an_altered_graph_is_not_opened_at_all(run, copy) -> None:
 
 def _accept(folder) -> None:
     """Write the digests of the files as they are now into the manifest, as an attacker or a bad disk could not."""
-    import dataclasses  # noqa: PLC0415
-
-    from dendsam_deploy.bundle.bundle import MANIFEST_FILE, digest_file  # noqa: PLC0415
-    from dendsam_deploy.bundle.manifest import Manifest  # noqa: PLC0415
-
     path = folder / MANIFEST_FILE
     manifest = Manifest.from_json(path.read_text(), str(path))
     graphs = tuple(

@@ -10,6 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from spy_volume import SpyVolume
 
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError, VolumeError
 from dendsam_deploy.models.sam import build_sam, initialise
@@ -35,18 +36,6 @@ def discs(depth: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
             labels[z][(y - row) ** 2 + (x - column) ** 2 < radius**2] = number
     image = np.where(labels > 0, 200, 60) + rng.normal(0, 8, labels.shape)
     return image.astype(np.uint8), labels
-
-
-class SpyVolume(ArrayVolume):
-    """Remembers which slices were read."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        super().__init__(array)
-        self.seen: set[int] = set()
-
-    def read(self, z, window=None):
-        self.seen.add(z)
-        return super().read(z, window)
 
 
 def source_of(depth: int = 4) -> TrainingSource:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spy_volume import SpyVolume
 
 from dendsam_deploy.bundle.manifest import Preprocessing
 from dendsam_deploy.errors import InvalidArgumentError, VolumeError
@@ -37,18 +38,6 @@ def labelled(seed: int = 0, shape: tuple[int, int, int] = (3, 80, 100)) -> Label
     labels = np.kron(rng.integers(0, 6, (shape[0], shape[1] // 20, shape[2] // 20)), np.ones((1, 20, 20), int))
     image = (labels * 40 + rng.integers(0, 20, labels.shape)).astype(np.uint8)
     return LabelledVolume(ArrayVolume(image), ArrayVolume(labels.astype(np.uint32)), range(shape[0]))
-
-
-class SpyVolume(ArrayVolume):
-    """Remembers which slices were read."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        super().__init__(array)
-        self.seen: set[int] = set()
-
-    def read(self, z, window=None):
-        self.seen.add(z)
-        return super().read(z, window)
 
 
 def test_only_the_allowed_slices_are_ever_read():
