@@ -48,6 +48,7 @@ VENDOR_HOMES = {
     "markupsafe": ["report/page.py"],
     "matplotlib": ["report/figures.py"],
     "onnxruntime": ["runtimes/portable.py"],
+    "openvino": ["runtimes/compiled_cpu.py"],
     "onnx": ["export/"],
     "onnx_ir": ["export/graphs.py"],
     "torch": ["models/", "training/", "export/", "runtimes/torch_reference.py"],
@@ -60,7 +61,7 @@ VENDOR_HOMES = {
 EVERYWHERE = {"numpy"}
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "core", "misc", "types", "base"}
-LIBRARIES = {*VENDOR_HOMES, "numpy", "openvino", "tensorrt", "imagecodecs", "skimage", "pillow", "pooch"}
+LIBRARIES = {*VENDOR_HOMES, "numpy", "tensorrt", "imagecodecs", "skimage", "pillow", "pooch"}
 
 MAX_LINES = 400
 

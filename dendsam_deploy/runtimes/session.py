@@ -156,8 +156,15 @@ def _portable_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Ru
     return OnnxRunner(path, spec, RunnerOptions(device, options.threads))
 
 
+def _compiled_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Runner:
+    """Return a runner on OpenVINO, which is an extra."""
+    from dendsam_deploy.runtimes.compiled_cpu import CompiledRunner  # noqa: PLC0415  (see above)
+
+    return CompiledRunner(path, spec, options.device, options.threads)
+
+
 ENGINES: Mapping[str, Callable[[Path, GraphSpec, SessionOptions], Runner]] = MappingProxyType(
-    {"onnxruntime": _portable_runner}
+    {"onnxruntime": _portable_runner, "openvino": _compiled_runner}
 )
 """Engines by name, the preferred one first. A new engine is one file with a runner and one row here."""
 

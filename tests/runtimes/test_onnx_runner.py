@@ -6,39 +6,16 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from sum_graph import SPEC, write_sum_graph
 
-from dendsam_deploy.bundle.manifest import FileDigest, GraphSpec, TensorSpec
 from dendsam_deploy.errors import BundleError, InvalidArgumentError, MissingCapabilityError
 from dendsam_deploy.runtimes import portable
 from dendsam_deploy.runtimes.portable import OnnxRunner, RunnerOptions, canonical_device
 
-SPEC = GraphSpec(
-    role="encoder",
-    precision="fp32",
-    opset=17,
-    files=(FileDigest("graph.onnx", "", 0),),
-    inputs=(TensorSpec("tiles", "uint8", ("b", 2, 3)),),
-    outputs=(TensorSpec("sums", "float32", ("b",)),),
-)
-
 
 @pytest.fixture
 def graph_file(tmp_path: Path) -> Path:
-    """A graph that sums the pixels of each tile."""
-    nodes = [
-        helper.make_node("Cast", ["tiles"], ["real"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceSum", ["real", "axes"], ["sums"], keepdims=0),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "sum",
-        [helper.make_tensor_value_info("tiles", TensorProto.UINT8, ["b", 2, 3])],
-        [helper.make_tensor_value_info("sums", TensorProto.FLOAT, ["b"])],
-        [helper.make_tensor("axes", TensorProto.INT64, [2], [1, 2])],
-    )
-    path = tmp_path / "graph.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
-    return path
+    return write_sum_graph(tmp_path / "graph.onnx")
 
 
 def test_runs_a_graph_with_a_free_batch_axis(graph_file: Path):

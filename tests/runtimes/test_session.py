@@ -96,7 +96,7 @@ def test_a_precision_is_taken_only_if_every_graph_has_it(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (SessionOptions(engine="openvino"), MissingCapabilityError, "choose auto or onnxruntime"),
+        (SessionOptions(engine="coreml"), MissingCapabilityError, "choose auto or onnxruntime"),
         (SessionOptions(device="tpu"), InvalidArgumentError, "choose cpu, cuda"),
         (SessionOptions(device="cuda"), MissingCapabilityError, "no CUDA provider"),
         (SessionOptions(precision="fp8"), InvalidArgumentError, "choose fp32, fp16"),
