@@ -65,14 +65,14 @@ def test_two_commands_do_their_whole_setup() -> None:
     assert re.fullmatch(SETUP + r"\.venv/bin/dendsam-deploy demo", demo)
     assert re.fullmatch(SETUP + r"\.venv/bin/pytest", tests)
     assert "'.[train]'" in demo
-    assert "'.[train,test]'" in tests
+    assert "'.[train,openvino,test]'" in tests
 
 
 def test_the_continuous_integration_runs_the_test_command() -> None:
     extract = re.search(r"install=\$\((sed .*? README\.md)\)", (REPOSITORY / ".ci" / "run").read_text())
     found = subprocess.run(extract[1], shell=True, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     assert setup_lines()[1].startswith(found.strip())
-    assert found.strip().endswith("'.[train,test]'")
+    assert found.strip().endswith("'.[train,openvino,test]'")
 
 
 @pytest.mark.slow
