@@ -7,7 +7,7 @@ import json
 import math
 import typing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dendsam_deploy.bundle.manifest import PRECISIONS, Precision
 from dendsam_deploy.errors import BundleError
@@ -15,8 +15,20 @@ from dendsam_deploy.errors import BundleError
 if TYPE_CHECKING:
     from dendsam_deploy.bundle.manifest import Manifest
 
-Reference = Literal["torch", "stored"]
-"""Where the right answers came from: the original modules run now, or their outputs kept in the bundle."""
+Reference = Literal["torch", "stored", "fp32"]
+"""Where the right answers came from: the original modules run now, their outputs kept in the bundle, or the bundle's own
+fp32 graphs."""
+
+
+class Combination(NamedTuple):
+    """What a bundle runs on: an engine, a device such as ``cpu`` or ``cuda:0``, and a precision."""
+
+    engine: str
+    device: str
+    precision: Precision
+
+    def __str__(self) -> str:
+        return f"{self.engine} on {self.device} at {self.precision}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +38,12 @@ class ParityRow:
     Parameters
     ----------
     level : int
-        1 preprocessing, 2 tensors, 3 boxes, 4 masks.
+        1 preprocessing, 2 tensors, 3 boxes, 4 masks, 5 instances.
     graph : str
         What was measured: ``detector``, ``encoder``, ``decoder``, ``preprocessing`` or ``chain``.
-    engine, device : str
-        What executed it.
-    precision : str
-        Precision of the graph.
+    engine, device, precision : str
+        What the bundle ran on. A graph that it does not have at that precision ran at fp32, and is held to the limit
+        of fp32.
     metric : str
         Name of the number; its definition stands in `evaluate.limits`.
     value : float
@@ -42,7 +53,7 @@ class ParityRow:
     passed : bool
         The judgement.
     reference : str
-        ``torch`` or ``stored``.
+        ``torch``, ``stored`` or ``fp32``.
     """
 
     level: int
@@ -56,12 +67,49 @@ class ParityRow:
     passed: bool
     reference: Reference
 
+    @property
+    def combination(self) -> Combination:
+        """What the bundle ran on."""
+        return Combination(self.engine, self.device, self.precision)
+
+
+@dataclass(frozen=True, slots=True)
+class NotJudged:
+    """A combination that could not be judged because an engine that works here cannot run these graphs.
+
+    Parameters
+    ----------
+    engine, device, precision : str
+        The combination.
+    reason : str
+        What the engine said.
+    """
+
+    engine: str
+    device: str
+    precision: Precision
+    reason: str
+
+    @property
+    def combination(self) -> Combination:
+        """What the bundle was to run on."""
+        return Combination(self.engine, self.device, self.precision)
+
 
 @dataclass(frozen=True, slots=True)
 class ParityReport:
-    """All judgements about one bundle."""
+    """All judgements about one bundle.
+
+    Parameters
+    ----------
+    rows : tuple of ParityRow
+        What was measured.
+    not_judged : tuple of NotJudged
+        What could not be.
+    """
 
     rows: tuple[ParityRow, ...]
+    not_judged: tuple[NotJudged, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -73,32 +121,59 @@ class ParityReport:
         """The rows that failed."""
         return tuple(row for row in self.rows if not row.passed)
 
+    @property
+    def combinations(self) -> tuple[Combination, ...]:
+        """What was judged, in the order in which it was."""
+        return tuple(dict.fromkeys(row.combination for row in self.rows))
+
+    @property
+    def proven(self) -> tuple[Combination, ...]:
+        """The combinations that were judged and of which every row passed."""
+        failed = {row.combination for row in self.failures}
+        return tuple(combination for combination in self.combinations if combination not in failed)
+
+    def failures_of(
+        self, engine: str | None = None, device: str | None = None, precision: Precision | None = None
+    ) -> tuple[ParityRow, ...]:
+        """Return the rows that failed on an engine, a device and at a precision; None stands for any."""
+        wanted = (engine, device, precision)
+        return tuple(
+            row
+            for row in self.failures
+            if all(wish in (None, have) for wish, have in zip(wanted, row.combination, strict=True))
+        )
+
     def proves(self, engine: str, device: str, precision: Precision) -> bool:
         """Tell whether a combination was judged and every one of its rows passed."""
-        rows = [row for row in self.rows if (row.engine, row.device, row.precision) == (engine, device, precision)]
-        return bool(rows) and all(row.passed for row in rows)
+        return Combination(engine, device, precision) in self.proven
 
     def merged_into(self, earlier: ParityReport) -> ParityReport:
-        """Return the earlier report with the combinations that this one judged replaced by its rows."""
-        judged = {(row.engine, row.device, row.precision) for row in self.rows}
-        kept = tuple(row for row in earlier.rows if (row.engine, row.device, row.precision) not in judged)
-        return ParityReport(kept + self.rows)
+        """Return the earlier report with what this one says about a combination in place of what that one said."""
+        told = {*self.combinations, *(row.combination for row in self.not_judged)}
+        return ParityReport(
+            tuple(row for row in earlier.rows if row.combination not in told) + self.rows,
+            tuple(row for row in earlier.not_judged if row.combination not in told) + self.not_judged,
+        )
 
     def to_document(self) -> dict[str, Any]:
-        """Return the report as JSON values: ``passed`` and ``rows``. A number that is not finite becomes null."""
+        """Return the report as JSON values: ``passed``, ``rows``, ``not_judged``. What is not finite becomes null."""
         rows = [dataclasses.asdict(row) for row in self.rows]
         for row in rows:
             row["value"] = row["value"] if math.isfinite(row["value"]) else None
-        return {"passed": self.passed, "rows": rows}
+        return {
+            "passed": self.passed,
+            "rows": rows,
+            "not_judged": [dataclasses.asdict(row) for row in self.not_judged],
+        }
 
 
 def parity_to_json(report: ParityReport, manifest: Manifest) -> str:
-    """Return the text of ``parity.json``: the report, bound to the graphs that it is about by their digests."""
-    return json.dumps({"graphs": _graph_digests(manifest), **report.to_document()}, indent=2) + "\n"
+    """Return the text of ``parity.json``: the report, bound to the graphs and the regions that it is about."""
+    return json.dumps({**_subject(manifest), **report.to_document()}, indent=2) + "\n"
 
 
 def parity_from_json(text: str, manifest: Manifest, source: str) -> ParityReport | None:
-    """Read ``parity.json``; None where it is about other graphs than the manifest's.
+    """Read ``parity.json``; None where it is about other graphs or regions than the manifest's.
 
     Parameters
     ----------
@@ -118,16 +193,21 @@ def parity_from_json(text: str, manifest: Manifest, source: str) -> ParityReport
     try:
         document = json.loads(text)
         rows = tuple(_row_from_json(row) for row in document["rows"])
-        digests = document["graphs"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        not_judged = tuple(NotJudged(**row) for row in document.get("not_judged", []))
+        subject = {"graphs": document["graphs"], "decoding": document.get("decoding")}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = " ".join(str(error).split())
         raise BundleError(f"{source}: not a parity report ({type(error).__name__}: {detail}); {remedy}") from error
-    return ParityReport(rows) if digests == _graph_digests(manifest) else None
+    return ParityReport(rows, not_judged) if subject == _subject(manifest) else None
 
 
-def _graph_digests(manifest: Manifest) -> dict[str, str]:
-    """Return file -> SHA-256 of every file of every graph."""
-    return {file.file: file.sha256 for graph in manifest.graphs for file in graph.files}
+def _subject(manifest: Manifest) -> dict[str, Any]:
+    """Return what a report is about: the SHA-256 of every file of every graph, and which regions are decoded."""
+    decoding = dataclasses.asdict(manifest.decoding)
+    return {
+        "graphs": {file.file: file.sha256 for graph in manifest.graphs for file in graph.files},
+        "decoding": decoding | {"region_sizes": list(decoding["region_sizes"])},
+    }
 
 
 def _row_from_json(row: dict[str, Any]) -> ParityRow:

@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from dendsam_deploy.bundle.bundle import MANIFEST_FILE, PARITY_FILE, Bundle, digest_file, find_bundle
 from dendsam_deploy.bundle.manifest import Manifest
-from dendsam_deploy.bundle.parity import ParityReport, ParityRow
+from dendsam_deploy.bundle.parity import NotJudged, ParityReport, ParityRow
 from dendsam_deploy.bundle.writer import write_parity
 from dendsam_deploy.errors import BundleError, InvalidArgumentError, UnsafeFileError
 
@@ -177,6 +177,11 @@ def test_a_proof_belongs_to_its_graphs(toy: Path):
     # Other thresholds leave the proof alone; another graph makes the bundle unproven.
     edit_manifest(toy, lambda d: d["thresholds"].update(detection_score=0.5))
     assert Bundle.open(toy).parity is not None
+    margin = bundle.manifest.decoding.margin_px
+    edit_manifest(toy, lambda d: d["decoding"].update(margin_px=0.0))
+    assert Bundle.open(toy).parity is None, "masks were not compared with so little around their boxes"
+    edit_manifest(toy, lambda d: d["decoding"].update(margin_px=margin))
+    assert Bundle.open(toy).parity is not None
     replace_encoder(toy, model_with(numpy_helper.from_array(onnx.numpy_helper.np.zeros(1, "f4"), "w")))
     assert Bundle.open(toy).parity is None
 
@@ -200,9 +205,33 @@ def test_nothing_judged_is_nothing_proven():
     assert not ParityReport(()).passed
 
 
+def test_a_report_answers_for_each_combination():
+    bf16 = dataclasses.replace(ROW, precision="bf16", value=math.nan, passed=False)
+    elsewhere = dataclasses.replace(bf16, engine="openvino", value=1.0, passed=True)
+    report = ParityReport((ROW, bf16, elsewhere))
+    assert [str(combination) for combination in report.combinations] == [
+        "onnxruntime on cpu at fp32",
+        "onnxruntime on cpu at bf16",
+        "openvino on cpu at bf16",
+    ]
+    assert report.proven == (ROW.combination, elsewhere.combination)
+    assert report.failures_of(precision="bf16") == report.failures_of("onnxruntime", "cpu", "bf16") == (bf16,)
+    assert report.failures_of(engine="openvino") == report.failures_of(precision="fp32") == ()
+
+
+def test_what_an_engine_can_no_longer_run_is_not_proven_any_more(toy: Path):
+    cannot = NotJudged(*ROW.combination, reason="no kernel")
+    write_parity(Bundle.open(toy), ParityReport((ROW,)))
+    write_parity(Bundle.open(toy), ParityReport((), (cannot,)))
+    parity = Bundle.open(toy).parity
+    assert parity == ParityReport((), (cannot,))
+    write_parity(Bundle.open(toy), ParityReport((ROW,)))
+    assert Bundle.open(toy).parity == ParityReport((ROW,))
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"rows": [{"level": 1}], "graphs": {}}', '{"rows": 3, "graphs": {}}'],
+    ["", "[]", "{}", '{"rows": [{"level": 1}], "graphs": {}}', '{"rows": 3, "graphs": {}}', '{"rows": [], "graphs": {}, "not_judged": [1]}'],
 )
 def test_a_damaged_report_is_named(toy: Path, text: str):
     (toy / PARITY_FILE).write_text(text)
