@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from dendsam_deploy.bundle.manifest import Manifest
 
 Reference = Literal["torch", "stored", "fp32"]
-"""Where the right answers came from: the original modules run now, their outputs kept in the bundle, or the bundle's own
-fp32 graphs."""
+"""Where the right answers came from: the original modules run now, their outputs kept in the bundle, or the bundle's
+own fp32 graphs."""
 
 
 class Combination(NamedTuple):

@@ -231,7 +231,14 @@ def test_what_an_engine_can_no_longer_run_is_not_proven_any_more(toy: Path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"rows": [{"level": 1}], "graphs": {}}', '{"rows": 3, "graphs": {}}', '{"rows": [], "graphs": {}, "not_judged": [1]}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"rows": [{"level": 1}], "graphs": {}}',
+        '{"rows": 3, "graphs": {}}',
+        '{"rows": [], "graphs": {}, "not_judged": [1]}',
+    ],
 )
 def test_a_damaged_report_is_named(toy: Path, text: str):
     (toy / PARITY_FILE).write_text(text)
