@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import ctypes
 import dataclasses
 import os
 import platform
 import re
-import sys
-import tempfile
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
-from dendsam_deploy.bundle.manifest import GraphSpec, TensorSpec
-from dendsam_deploy.errors import DendsamError
+from dendsam_deploy.runtimes.choice import PLACES
+from dendsam_deploy.runtimes.probe import NO_DRIVER, why_not
 from dendsam_deploy.runtimes.session import ENGINES, SessionOptions
 
 if TYPE_CHECKING:
@@ -30,20 +23,17 @@ _PACKAGE = "dendsam-deploy"
 _EXTRAS: Mapping[str, str] = MappingProxyType({"train": "finetune, export, demo, and verify against the weights"})
 """The extras that commands of this version use, and for what."""
 
-_DEVICES = ("cpu", "cuda")
-
-# One Identity node from x to y, float32 of shape (1,), opset 17; made with onnx.helper.make_model.
-_PROBE_GRAPH = base64.b64decode(
-    "CAgSADo7ChAKAXgSAXkiCElkZW50aXR5EgVwcm9iZVoPCgF4EgoKCAgBEgQKAggBYg8KAXkSCgoICAESBAoCCAFCBAoAEBE="
+_REMEDIES: Mapping[tuple[str, str], str] = MappingProxyType(
+    {
+        ("cpu", "onnxruntime"): f"pip install -U {_PACKAGE}",
+        ("cuda", "onnxruntime"): "pip install 'onnxruntime-gpu[cuda,cudnn]'",
+        ("cpu", "openvino"): f"pip install '{_PACKAGE}[openvino]'",
+        ("cuda", "tensorrt"): f"pip install '{_PACKAGE}[tensorrt]'",
+        ("cpu", "torch"): f"pip install '{_PACKAGE}[train]'",
+        ("cuda", "torch"): f"pip install '{_PACKAGE}[train]'",
+    }
 )
-_PROBE = GraphSpec(
-    role="encoder",
-    precision="fp32",
-    opset=17,
-    files=(),
-    inputs=(TensorSpec("x", "float32", (1,)),),
-    outputs=(TensorSpec("y", "float32", (1,)),),
-)
+"""What makes an engine work on a kind of device where its package is missing or broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +93,7 @@ class MachineReport:
 
 def examine_machine() -> MachineReport:
     """Try every engine on every kind of device, and see which extras are complete."""
-    engines = [_try_engine(engine, device) for engine in ENGINES for device in _DEVICES]
+    engines = [_try_engine(engine, device) for device, engine in PLACES if engine in ENGINES]
     extras = [_look_for_extra(name, use) for name, use in _EXTRAS.items()]
     return MachineReport(
         python=platform.python_version(),
@@ -118,18 +108,12 @@ def examine_machine() -> MachineReport:
 def _try_engine(engine: str, device: str) -> Finding:
     """Run a graph of one node on an engine and device."""
     name = f"{engine} on {device}"
-    if device == "cuda" and not _has_nvidia_driver():
-        return Finding("engine", name, False, "no NVIDIA driver found", "needs an NVIDIA GPU and its driver")
-    with tempfile.TemporaryDirectory() as folder:
-        graph = Path(folder, "probe.onnx")
-        graph.write_bytes(_PROBE_GRAPH)
-        try:
-            with ENGINES[engine](graph, _PROBE, SessionOptions(engine, device)) as runner:
-                runner.run({"x": np.ones(1, np.float32)})
-        except DendsamError as error:
-            remedy = "pip install 'onnxruntime-gpu[cuda,cudnn]'" if device == "cuda" else f"pip install -U {_PACKAGE}"
-            return Finding("engine", name, False, str(error), remedy)
-    return Finding("engine", name, True, "runs a graph")
+    reason = why_not(ENGINES[engine], "cpu" if device == "cpu" else "cuda:0", SessionOptions(engine))
+    if reason is None:
+        return Finding("engine", name, True, "runs a graph")
+    if reason == NO_DRIVER:
+        return Finding("engine", name, False, reason, "needs an NVIDIA GPU and its driver")
+    return Finding("engine", name, False, reason, _REMEDIES[device, engine])
 
 
 def _look_for_extra(extra: str, use: str) -> Finding:
@@ -166,15 +150,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _has_nvidia_driver() -> bool:
-    """Tell whether the library of the NVIDIA driver can be loaded."""
-    try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 def _memory_gib() -> float | None:

@@ -195,13 +195,13 @@ def _input_settings(volume: VolumeReader, slices: range) -> Settings:
 
 def _bundle_settings(session: Session) -> Settings:
     """Describe the graphs by what executes them and by the digests of their files."""
-    graphs = [session.manifest.graph(role, session.precision) for role in ("detector", "encoder", "decoder")]
+    graphs = [runner.spec for runner in session.runners]
     return {
         "name": session.manifest.name,
         "engine": session.engine,
         "device": session.device,
         "precision": session.precision,
-        "graphs": {graph.role: [file.sha256 for file in graph.files] for graph in graphs if graph is not None},
+        "graphs": {graph.role: [file.sha256 for file in graph.files] for graph in graphs},
     }
 
 

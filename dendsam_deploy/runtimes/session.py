@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from dendsam_deploy.bundle.manifest import PRECISIONS
-from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError
+from dendsam_deploy.runtimes.choice import Choice, choose, combinations_on_offer
+from dendsam_deploy.runtimes.probe import why_not
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -32,7 +33,7 @@ class SessionOptions:
     device : str
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     precision : str or None
-        Precision of every graph.
+        Precision of the encoder, and of the other graphs where the bundle has them at it; they run at fp32 otherwise.
     threads : int or None
         Threads of one operator on the CPU; None takes one per physical core.
     """
@@ -58,9 +59,11 @@ class Session:
     detector : Runner or None
         None where the bundle has none: boxes must then come from elsewhere.
     precision : str
-        Precision of the graphs.
+        Precision of the encoder; a graph that the bundle does not have at it runs at fp32.
     is_proven : bool
         Whether `verify` has found these graphs on this engine, device and precision equal to their weights.
+    reason : str
+        Why this engine, device and precision were chosen, for people; empty where the user said it.
     """
 
     manifest: Manifest
@@ -69,6 +72,7 @@ class Session:
     detector: Runner | None
     precision: Precision = "fp32"
     is_proven: bool = False
+    reason: str = ""
 
     @property
     def engine(self) -> str:
@@ -84,11 +88,19 @@ class Session:
     def description(self) -> str:
         """What was chosen, for people."""
         proof = "proven" if self.is_proven else "unproven: run `dendsam-deploy verify`"
-        return f"{self.manifest.name} on {self.engine}, {self.device}, {self.precision} ({proof})"
+        others = [runner.spec for runner in self.runners if runner.spec.precision != self.precision]
+        mixed = f"{' and '.join(spec.role for spec in others)} at {others[0].precision}" if others else ""
+        remarks = "; ".join(filter(None, (proof, self.reason, mixed)))
+        return f"{self.manifest.name} on {self.engine}, {self.device}, {self.precision} ({remarks})"
+
+    @property
+    def runners(self) -> tuple[Runner, ...]:
+        """The runners that exist, in the order in which a slice meets them."""
+        return tuple(runner for runner in (self.detector, self.encoder, self.decoder) if runner is not None)
 
     def __enter__(self) -> Self:
         with ExitStack() as opened:
-            for runner in self._runners:
+            for runner in self.runners:
                 opened.enter_context(runner)
             opened.pop_all()  # every runner is open: keep them so; after a failure, those before it were closed
         return self
@@ -97,13 +109,12 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with ExitStack() as closing:
-            for runner in self._runners:
+            for runner in self.runners:
                 closing.push(runner)
 
-    @property
-    def _runners(self) -> tuple[Runner, ...]:
-        """The runners that exist, in the order in which a slice meets them."""
-        return tuple(runner for runner in (self.detector, self.encoder, self.decoder) if runner is not None)
+
+RunnerMaker = Callable[["Path", "GraphSpec", SessionOptions], "Runner"]
+"""Makes a runner of a graph; its options name a device, never ``auto``."""
 
 
 def open_session(bundle: Bundle, options: SessionOptions) -> Session:
@@ -114,7 +125,8 @@ def open_session(bundle: Bundle, options: SessionOptions) -> Session:
     bundle : Bundle
         The graphs.
     options : SessionOptions
-        Wishes.
+        Wishes. What they leave open is filled in with the fastest combination that `verify` has proven and that
+        works here; where none is proven, with fp32 on the first engine that works.
 
     Raises
     ------
@@ -128,23 +140,50 @@ def open_session(bundle: Bundle, options: SessionOptions) -> Session:
     >>> with open_session(Bundle.open("exports/ca1"), SessionOptions()) as session:  # doctest: +SKIP
     ...     segment_volume("ca1.tif", session, SegmentOptions())
     """
-    precision = _choose_precision(bundle, options.precision)
-    open_runner = _choose_engine(options.engine)
+    offered = combinations_on_offer(bundle.manifest, options, tuple(ENGINES))
+    if len({(engine, device) for engine, device, _ in offered}) == 1:
+        # There is no other engine to turn to, so the reason for which this one fails is the best message.
+        choice = choose(bundle, offered, lambda engine, device: None, {})
+    else:
+        choice = choose(bundle, offered, lambda engine, device: why_not(ENGINES[engine], device, options), {})
+    return session_on(bundle, choice, options)
+
+
+def session_on(bundle: Bundle, choice: Choice, options: SessionOptions) -> Session:
+    """Return the session of a bundle on a combination that was chosen already.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        The graphs.
+    choice : Choice
+        What they run on.
+    options : SessionOptions
+        Of these only the threads count.
+
+    Raises
+    ------
+    MissingCapabilityError
+        Where the engine does not work on this machine.
+    """
+    engine, device, precision = choice.combination
+    options = replace(options, engine=engine, device=device, precision=precision)
 
     def runner(role: Role) -> Runner | None:
-        graph = bundle.manifest.graph(role, precision)
-        return open_runner(bundle.graph_path(role, precision), graph, options) if graph else None
+        graph = bundle.manifest.graph(role, precision) or bundle.manifest.graph(role, "fp32")
+        return ENGINES[engine](bundle.graph_path(role, graph.precision), graph, options) if graph else None
 
     encoder, decoder = runner("encoder"), runner("decoder")
-    assert encoder is not None, "`_choose_precision` saw to it"
-    assert decoder is not None, "`_choose_precision` saw to it"
+    assert encoder is not None, "`combinations_on_offer` saw to it"
+    assert decoder is not None, "`combinations_on_offer` saw to it"
     return Session(
         manifest=bundle.manifest,
         encoder=encoder,
         decoder=decoder,
         detector=runner("detector"),
         precision=precision,
-        is_proven=bundle.parity is not None and bundle.parity.proves(encoder.engine, encoder.device, precision),
+        is_proven=choice.is_proven,
+        reason=choice.reason,
     )
 
 
@@ -152,8 +191,7 @@ def _portable_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Ru
     """Return a runner on ONNX Runtime, which is imported here because it costs 0.2 s."""
     from dendsam_deploy.runtimes.portable import OnnxRunner, RunnerOptions  # noqa: PLC0415  (see above)
 
-    device = "cpu" if options.device == "auto" else options.device
-    return OnnxRunner(path, spec, RunnerOptions(device, options.threads))
+    return OnnxRunner(path, spec, RunnerOptions(options.device, options.threads))
 
 
 def _compiled_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Runner:
@@ -163,34 +201,5 @@ def _compiled_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Ru
     return CompiledRunner(path, spec, options.device, options.threads)
 
 
-ENGINES: Mapping[str, Callable[[Path, GraphSpec, SessionOptions], Runner]] = MappingProxyType(
-    {"onnxruntime": _portable_runner, "openvino": _compiled_runner}
-)
-"""Engines by name, the preferred one first. A new engine is one file with a runner and one row here."""
-
-
-def _choose_engine(name: str) -> Callable[[Path, GraphSpec, SessionOptions], Runner]:
-    """Return the maker of runners of an engine."""
-    if name == "auto":
-        return next(iter(ENGINES.values()))
-    if name not in ENGINES:
-        raise MissingCapabilityError(f"engine {name!r} is not available; choose auto or {', '.join(ENGINES)}")
-    return ENGINES[name]
-
-
-def _choose_precision(bundle: Bundle, wish: Precision | None) -> Precision:
-    """Return a precision at which the bundle has every graph that it has at all; without a wish the most exact one."""
-    roles = {graph.role for graph in bundle.manifest.graphs}
-    have = [
-        precision
-        for precision in PRECISIONS
-        if all(bundle.manifest.graph(role, precision) is not None for role in roles)
-    ]
-    if wish is not None and wish not in PRECISIONS:
-        raise InvalidArgumentError(f"precision {wish!r} is unknown; choose {', '.join(PRECISIONS)}")
-    if not have or (wish is not None and wish not in have):
-        raise MissingCapabilityError(
-            f"{bundle.path}: has no full set of graphs at {wish or 'any precision'}; it has "
-            f"{', '.join(have) or 'none'}: choose one of those or export the bundle at that precision"
-        )
-    return wish or have[0]
+ENGINES: Mapping[str, RunnerMaker] = MappingProxyType({"onnxruntime": _portable_runner, "openvino": _compiled_runner})
+"""Engines by name. A new engine is one file with a runner, one row here, and one in `choice.PLACES`."""

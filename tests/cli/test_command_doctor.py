@@ -10,11 +10,13 @@ import pytest
 
 from dendsam_deploy.errors import BundleError
 from dendsam_deploy.evaluate import doctor
+from dendsam_deploy.runtimes import probe
+from dendsam_deploy.runtimes.choice import PLACES
 from dendsam_deploy.runtimes.runner import CallableRunner
 
 
 def test_the_probe_is_a_valid_graph_of_one_node() -> None:
-    model = onnx.load_from_string(doctor._PROBE_GRAPH)
+    model = onnx.load_from_string(probe.PROBE_GRAPH)
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node] == ["Identity"]
 
@@ -30,7 +32,7 @@ def test_the_processor_runs_graphs_and_versions_are_listed(run) -> None:
 
 
 def test_without_a_driver_cuda_is_said_to_need_one(monkeypatch) -> None:
-    monkeypatch.setattr(doctor, "_has_nvidia_driver", lambda: False)
+    monkeypatch.setattr(probe, "has_nvidia_driver", lambda: False)
     finding = next(f for f in doctor.examine_machine().findings if f.name == "onnxruntime on cuda")
     assert not finding.available
     assert finding.detail == "no NVIDIA driver found"
@@ -42,15 +44,23 @@ def test_an_engine_that_fails_is_reported_with_reason_and_remedy(monkeypatch) ->
         def __enter__(self):
             raise BundleError("the library is broken")
 
-    monkeypatch.setattr(doctor, "ENGINES", {"abacus": lambda path, spec, options: Broken(spec, dict)})
-    monkeypatch.setattr(doctor, "_has_nvidia_driver", lambda: True)
-    cpu, cuda, *_ = doctor.examine_machine().findings
+    monkeypatch.setattr(doctor, "ENGINES", {"onnxruntime": lambda path, spec, options: Broken(spec, dict)})
+    monkeypatch.setattr(probe, "has_nvidia_driver", lambda: True)
+    cuda, cpu, *_ = doctor.examine_machine().findings
     assert (cpu.available, cpu.detail, cpu.remedy) == (
         False,
         "the library is broken",
         "pip install -U dendsam-deploy",
     )
     assert cuda.remedy == "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+
+
+def test_every_engine_is_tried_where_it_can_run_and_has_a_remedy() -> None:
+    names = {finding.name for finding in doctor.examine_machine().findings if finding.kind == "engine"}
+    assert names == {f"{engine} on {device}" for device, engine in PLACES if engine in doctor.ENGINES}
+    assert "openvino on cpu" in names
+    assert "openvino on cuda" not in names
+    assert set(PLACES) == doctor._REMEDIES.keys()
 
 
 @pytest.mark.parametrize(("missing", "available"), [((), True), (("timm", "torch"), False)])

@@ -68,9 +68,9 @@ def make_bundle(
     return Bundle(folder, manifest, parity)
 
 
-def test_auto_runs_everything_in_fp32_on_the_cpu(tmp_path: Path):
+def test_every_graph_is_opened_and_closed(tmp_path: Path):
     bundle = make_bundle(tmp_path, dict.fromkeys(ROLES, ("fp32",)))
-    with open_session(bundle, SessionOptions(threads=1)) as session:
+    with open_session(bundle, SessionOptions("onnxruntime", "cpu", threads=1)) as session:
         assert (session.engine, session.device, session.precision) == ("onnxruntime", "cpu", "fp32")
         assert session.detector is not None
         for runner in (session.detector, session.encoder, session.decoder):
@@ -84,11 +84,19 @@ def test_a_bundle_without_detector_has_no_detector_runner(tmp_path: Path):
     assert open_session(bundle, SessionOptions()).detector is None
 
 
-def test_a_precision_is_taken_only_if_every_graph_has_it(tmp_path: Path):
-    graphs = {"detector": ("fp32",), "encoder": ("fp32", "fp16"), "decoder": ("fp32", "fp16")}
+def test_a_precision_is_that_of_the_encoder(tmp_path: Path):
+    graphs = {"detector": ("fp32",), "encoder": ("fp32", "int8"), "decoder": ("fp32", "int8", "fp16")}
     bundle = make_bundle(tmp_path, graphs)
-    with pytest.raises(MissingCapabilityError, match="at fp16; it has fp32"):
+    with pytest.raises(MissingCapabilityError, match="at fp16; it has fp32, int8"):
         open_session(bundle, SessionOptions(precision="fp16"))
+    session = open_session(bundle, SessionOptions(precision="int8"))
+    assert session.precision == "int8"
+    assert {runner.spec.role: runner.spec.precision for runner in session.runners} == {
+        "detector": "fp32",
+        "encoder": "int8",
+        "decoder": "int8",
+    }
+    assert session.description.endswith("detector at fp32)")
     half = dict.fromkeys(ROLES, ("fp16",))
     assert open_session(make_bundle(tmp_path, half), SessionOptions()).precision == "fp16"
 
@@ -97,11 +105,12 @@ def test_a_precision_is_taken_only_if_every_graph_has_it(tmp_path: Path):
     ("options", "error", "message"),
     [
         (SessionOptions(engine="coreml"), MissingCapabilityError, "choose auto or onnxruntime"),
+        (SessionOptions("openvino", "cuda"), MissingCapabilityError, "the engine openvino runs on cpu"),
         (SessionOptions(device="tpu"), InvalidArgumentError, "choose cpu, cuda"),
-        (SessionOptions(device="cuda"), MissingCapabilityError, "no CUDA provider"),
+        (SessionOptions("onnxruntime", "cuda"), MissingCapabilityError, "no CUDA provider"),
         (SessionOptions(precision="fp8"), InvalidArgumentError, "choose fp32, fp16"),
     ],
-    ids=["engine", "device", "cuda", "precision"],
+    ids=["engine", "no such place", "device", "cuda", "precision"],
 )
 def test_what_cannot_be_had_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: SessionOptions, error: type[Exception], message: str
@@ -114,18 +123,20 @@ def test_what_cannot_be_had_is_refused(
 def test_only_a_passed_verification_of_this_combination_is_a_proof(tmp_path: Path):
     row = ParityRow(2, "encoder", "onnxruntime", "cpu", "fp32", "cosine", 1.0, 0.999, True, "torch")
     graphs: dict[Role, tuple[Precision, ...]] = dict.fromkeys(ROLES, ("fp32",))
-    proven = open_session(make_bundle(tmp_path, graphs, ParityReport((row,))), SessionOptions())
-    failed = open_session(make_bundle(tmp_path, graphs, ParityReport((replace(row, passed=False),))), SessionOptions())
-    unknown = open_session(make_bundle(tmp_path, graphs), SessionOptions())
+    wish = SessionOptions("onnxruntime", "cpu")
+    proven = open_session(make_bundle(tmp_path, graphs, ParityReport((row,))), wish)
+    failed = open_session(make_bundle(tmp_path, graphs, ParityReport((replace(row, passed=False),))), wish)
+    unknown = open_session(make_bundle(tmp_path, graphs), wish)
     assert [session.is_proven for session in (proven, failed, unknown)] == [True, False, False]
-    assert "toy on onnxruntime, cpu, fp32 (proven)" in proven.description
-    assert "dendsam-deploy verify" in unknown.description
+    assert proven.description == "toy on onnxruntime, cpu, fp32 (proven)"
+    assert failed.description.endswith("(unproven: run `dendsam-deploy verify`; 1 limits broken)")
+    assert unknown.description.endswith("(unproven: run `dendsam-deploy verify`)")
 
 
 def test_a_graph_that_does_not_load_leaves_nothing_open(tmp_path: Path):
     bundle = make_bundle(tmp_path, dict.fromkeys(ROLES, ("fp32",)))
     (tmp_path / "decoder.fp32.onnx").write_bytes(b"broken")
-    session = open_session(bundle, SessionOptions())
+    session = open_session(bundle, SessionOptions("onnxruntime"))
     with pytest.raises(BundleError, match=r"decoder\.fp32\.onnx"):
         session.__enter__()
     assert session.detector is not None
