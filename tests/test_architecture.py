@@ -47,7 +47,7 @@ VENDOR_HOMES = {
     "jinja2": ["report/page.py"],
     "markupsafe": ["report/page.py"],
     "matplotlib": ["report/figures.py"],
-    "onnxruntime": ["runtimes/portable.py"],
+    "onnxruntime": ["runtimes/portable"],
     "openvino": ["runtimes/compiled_cpu.py"],
     "onnx": ["export/"],
     "onnx_ir": ["export/graphs.py"],

@@ -9,7 +9,8 @@ import numpy as np
 
 from dendsam_deploy.geometry import region_cells
 from dendsam_deploy.instances import Masks
-from dendsam_deploy.pipeline.infer import infer
+from dendsam_deploy.pipeline.infer import infer, tile_batches
+from dendsam_deploy.runtimes.runner import ResidentRunner, share_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.bundle.manifest import Decoding
     from dendsam_deploy.pipeline.prepare import PreparedSlice, TilePlan
-    from dendsam_deploy.runtimes.runner import Runner
+    from dendsam_deploy.runtimes.runner import Runner, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,8 @@ class DecodeOptions:
     decoding : Decoding
         Regions on offer and the margin around a box, from the manifest.
     boxes_per_batch : int
-        Most boxes of one call of the decoder. A box costs ViT-B's decoder 16 to 33 MB while the call lasts,
-        and larger batches are not faster.
+        Most boxes of one call of the decoder on a CPU. A box costs ViT-B's decoder 16 to 33 MB while the call lasts,
+        and larger batches are not faster. A GPU's runner knows best how many it wants.
     """
 
     decoding: Decoding
@@ -44,18 +45,32 @@ class Embeddings:
 
     Parameters
     ----------
-    values : ndarray, shape (T, 256, S/16, S/16), float32
+    values : ndarray or Resident, shape (T, 256, S/16, S/16), float32
         Encoder output.
     tile_index : ndarray, shape (T,), int64
         The tile that each one belongs to, ascending.
     """
 
-    values: NDArray[np.float32]
+    values: Tensor
     tile_index: NDArray[np.int64]
 
+    def of_tiles(self, tile_index: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
+        """Return embeddings that include those of some tiles, and for each of these its row in them.
 
-def encode_tiles(prepared: PreparedSlice, tile_index: NDArray[np.int64], encoder: Runner) -> Embeddings:
-    """Encode some tiles of a slice, one at a time: an encoder's working memory dwarfs its result.
+        Rows of an array are picked. On a device, where picking would be a graph of its own, the tiles between them come
+        along.
+        """
+        tiles, position = np.unique(tile_index, return_inverse=True)
+        rows = np.searchsorted(self.tile_index, tiles)
+        if isinstance(self.values, np.ndarray):
+            return self.values[rows], position.astype(np.int64)
+        return self.values[int(rows[0]) : int(rows[-1]) + 1], (rows[position] - rows[0]).astype(np.int64)
+
+
+def encode_tiles(
+    prepared: PreparedSlice, tile_index: NDArray[np.int64], encoder: Runner, decoder: Runner
+) -> Embeddings:
+    """Encode some tiles of a slice and leave the result where the decoder takes it from.
 
     Parameters
     ----------
@@ -65,10 +80,18 @@ def encode_tiles(prepared: PreparedSlice, tile_index: NDArray[np.int64], encoder
         Tiles that are needed; repetitions are encoded once. At least one.
     encoder : Runner
         Image encoder.
+    decoder : Runner
+        Box decoder.
     """
     wanted = np.unique(tile_index)
-    encoded = [infer(encoder, prepared.tile_inputs(int(index)))["embeddings"] for index in wanted]
-    return Embeddings(cast("NDArray[np.float32]", np.concatenate(encoded)), wanted)
+    batches = list(tile_batches(wanted, encoder))
+    inputs = (prepared.tile_inputs(int(wanted[rows][0]), len(wanted[rows])) for rows in batches)
+    if isinstance(encoder, ResidentRunner) and share_memory(encoder, decoder):
+        room = encoder.allocate("embeddings", len(wanted))
+        for rows, tensors in zip(batches, inputs, strict=True):
+            encoder.run_into(tensors, {"embeddings": room[rows]})
+        return Embeddings(room, wanted)
+    return Embeddings(np.concatenate([infer(encoder, tensors)["embeddings"] for tensors in inputs]), wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +100,11 @@ class BoxDecoder:
 
     runner: Runner
     options: DecodeOptions
+
+    @property
+    def boxes_per_batch(self) -> int:
+        """Most boxes of one call."""
+        return self.runner.rows_per_call if isinstance(self.runner, ResidentRunner) else self.options.boxes_per_batch
 
     def batches(
         self, boxes_xyxy: NDArray[np.float32], tile_index: NDArray[np.int64]
@@ -95,8 +123,8 @@ class BoxDecoder:
         for region in np.unique(regions):
             (members,) = np.nonzero(regions == region)
             members = members[np.argsort(tile_index[members], kind="stable")]
-            for start in range(0, len(members), self.options.boxes_per_batch):
-                yield int(region), members[start : start + self.options.boxes_per_batch]
+            for start in range(0, len(members), self.boxes_per_batch):
+                yield int(region), members[start : start + self.boxes_per_batch]
 
 
 def decode_masks(
@@ -130,13 +158,13 @@ def decode_masks(
     origins = np.zeros((len(boxes_xyxy), 2), np.int64)
     predicted_iou = np.zeros(len(boxes_xyxy), np.float32)
     for region, batch in decoder.batches(boxes_xyxy, tile_index):
-        tiles, position = np.unique(tile_index[batch], return_inverse=True)
+        values, rows = embeddings.of_tiles(tile_index[batch])
         outputs = infer(
             decoder.runner,
             {
-                "embeddings": embeddings.values[np.searchsorted(embeddings.tile_index, tiles)],
-                "boxes": np.ascontiguousarray(boxes_xyxy[batch]),
-                "tile_index": position.astype(np.int64),
+                "embeddings": values,
+                "boxes": boxes_xyxy[batch],
+                "tile_index": rows,
                 "region": np.array([region], np.int64),
             },
         )

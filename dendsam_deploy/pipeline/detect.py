@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dendsam_deploy.instances import Detections, suppress_duplicates
-from dendsam_deploy.pipeline.infer import infer
+from dendsam_deploy.pipeline.infer import infer, tile_batches
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,23 +45,30 @@ def detect_objects(prepared: PreparedSlice, detector: Runner, options: DetectOpt
     Detections
         Boxes in slice px, inside the slice, in canonical order.
     """
-    found = [_detect_in_tile(prepared, index, detector, options.score) for index in range(len(prepared.plan.tiles))]
+    found: list[Detections] = []
+    for batch in tile_batches(np.arange(len(prepared.plan.tiles)), detector):
+        outputs = infer(detector, prepared.tile_inputs(batch.start, batch.stop - batch.start))
+        for index, boxes, scores in zip(
+            range(*batch.indices(batch.stop)), outputs["boxes"], outputs["scores"], strict=True
+        ):
+            found.append(_owned(prepared.plan, index, boxes, scores, options.score))
     everything = Detections(
         np.concatenate([tile.boxes_xyxy for tile in found]), np.concatenate([tile.scores for tile in found])
     )
     return everything.take(suppress_duplicates(everything, options.nms_iou))
 
 
-def _detect_in_tile(prepared: PreparedSlice, index: int, detector: Runner, least_score: float) -> Detections:
-    """Run the detector on one tile and return the boxes that the tile owns, in slice px."""
-    tile = prepared.plan.tiles[index]
-    outputs = infer(detector, prepared.tile_inputs(index))
-    boxes, scores = outputs["boxes"][0].astype(np.float32), outputs["scores"][0].astype(np.float32)
+def _owned(
+    plan: TilePlan, index: int, boxes_xyxy: NDArray[np.float32], scores: NDArray[np.float32], least_score: float
+) -> Detections:
+    """Return the boxes of one tile, in tile px, that it is sure of and owns, in slice px."""
+    tile = plan.tiles[index]
     read = tile.read
-    boxes = np.clip(boxes, 0, np.array([read.width, read.height, read.width, read.height], np.float32))
+    sure = scores >= least_score
+    boxes = np.clip(boxes_xyxy[sure], 0, np.array([read.width, read.height, read.width, read.height], np.float32))
     boxes += np.array([read.x0, read.y0, read.x0, read.y0], np.float32)
-    kept = (scores >= least_score) & _is_visible(boxes) & tile.owns(boxes)
-    return Detections(prepared.plan.frame.boxes_to_slice(boxes[kept]), scores[kept])
+    kept = _is_visible(boxes) & tile.owns(boxes)
+    return Detections(plan.frame.boxes_to_slice(boxes[kept]), scores[sure][kept])
 
 
 def clip_to_slice(detections: Detections, plan: TilePlan) -> Detections:

@@ -1,22 +1,25 @@
-"""One call of a graph, with the two cares that every stage takes."""
+"""One call of a graph, with the cares that every stage takes, and where its tensors lie."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dendsam_deploy.errors import ParityError
+from dendsam_deploy.runtimes.runner import ResidentRunner, share_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
-    from dendsam_deploy.runtimes.runner import Runner
+    from dendsam_deploy.pipeline.prepare import PreparedSlice
+    from dendsam_deploy.runtimes.runner import Runner, Tensor
 
 
-def infer(runner: Runner, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+def infer(runner: Runner, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[np.generic]]:
     """Run a graph and return outputs that stay valid and are finite.
 
     Raises
@@ -24,7 +27,11 @@ def infer(runner: Runner, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str
     ParityError
         Where an output holds NaN or infinity. Comparisons with NaN are false, so it would look like "no objects here".
     """
-    outputs = runner.run({tensor.name: inputs[tensor.name] for tensor in runner.spec.inputs})
+    wanted = {tensor.name: inputs[tensor.name] for tensor in runner.spec.inputs}
+    if isinstance(runner, ResidentRunner):
+        outputs = runner.run(wanted)
+    else:
+        outputs = runner.run({name: on_host(values) for name, values in wanted.items()})
     for name, values in outputs.items():
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             graph = runner.spec
@@ -35,3 +42,37 @@ def infer(runner: Runner, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str
     if runner.borrows_outputs:
         return {name: values.copy() for name, values in outputs.items()}
     return outputs
+
+
+def on_host(tensor: Tensor) -> NDArray[np.generic]:
+    """Return a tensor as an array."""
+    return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+
+
+def on_device(prepared: PreparedSlice, *runners: Runner) -> PreparedSlice:
+    """Upload the tiles of a slice where several runners can share them; elsewhere return the slice as it is."""
+    first = runners[0]
+    if share_memory(*runners) and isinstance(first, ResidentRunner):
+        return replace(prepared, tiles=first.upload(on_host(prepared.tiles)))
+    return prepared
+
+
+def tile_batches(tile_index: NDArray[np.int64], runner: Runner) -> Iterator[slice]:
+    """Yield the positions of tiles that go into one call: consecutive ones, as many as keep the runner busy.
+
+    A runner of the CPU gets one tile at a time: its working memory dwarfs a tile, and one keeps it busy.
+
+    Parameters
+    ----------
+    tile_index : ndarray, shape (N,), int64
+        Tiles, ascending.
+    runner : Runner
+        What they are for.
+    """
+    most = runner.rows_per_call if isinstance(runner, ResidentRunner) else 1
+    start = 0
+    for stop in range(1, len(tile_index) + 1):
+        is_gap = stop < len(tile_index) and tile_index[stop] != tile_index[stop - 1] + 1
+        if is_gap or stop == len(tile_index) or stop - start == most:
+            yield slice(start, stop)
+            start = stop

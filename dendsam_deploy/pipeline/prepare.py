@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dendsam_deploy.bundle.manifest import Preprocessing
+    from dendsam_deploy.runtimes.runner import Tensor
 
 LARGEST_ZOOM = 16.0
 """A slice is never enlarged or reduced by more: such a ratio comes from a wrong voxel size."""
@@ -118,33 +119,38 @@ def plan_tiles(
 
 @dataclass(frozen=True, slots=True)
 class PreparedSlice:
-    """A slice in the model's pixels.
+    """A slice in the model's pixels, cut into tiles once for all graphs.
 
     Parameters
     ----------
     plan : TilePlan
         How it is cut.
-    pixels : ndarray, shape `plan.frame.model_hw`, uint8
-        Intensities.
+    tiles : ndarray or Resident, shape (T, S, S), uint8
+        Intensities, zero where a tile is padded.
+    sizes : ndarray, shape (T, 2), int64
+        Height and width of the part of each tile that is not padding.
     """
 
     plan: TilePlan
-    pixels: NDArray[np.uint8]
+    tiles: Tensor
+    sizes: NDArray[np.int64]
 
-    def tile_inputs(self, index: int) -> dict[str, NDArray[np.generic]]:
-        """Return the inputs ``tiles`` uint8 (1, S, S) and ``sizes`` int64 (1, 2), the part that is not padding."""
-        read = self.plan.tiles[index].read
-        size = self.plan.tile_size_px
-        tile = np.zeros((1, size, size), np.uint8)
-        tile[0, : read.height, : read.width] = self.pixels[read.slices]
-        return {"tiles": tile, "sizes": np.array([[read.height, read.width]], np.int64)}
+    def tile_inputs(self, first: int, count: int = 1) -> dict[str, Tensor]:
+        """Return the inputs ``tiles`` and ``sizes`` of consecutive tiles, as views."""
+        rows = slice(first, first + count)
+        return {"tiles": self.tiles[rows], "sizes": self.sizes[rows]}
 
 
 def prepare_slice(image_u8: NDArray[np.uint8], plan: TilePlan) -> PreparedSlice:
-    """Resample a slice ``(Y, X)`` to the model's pixels."""
+    """Resample a slice ``(Y, X)`` to the model's pixels and cut it into tiles."""
     if image_u8.dtype != np.uint8 or image_u8.shape != plan.frame.slice_hw:
         raise InvalidArgumentError(
             f"the slice is {image_u8.dtype}{image_u8.shape}, expected uint8{plan.frame.slice_hw}; convert it first"
         )
     pixels = image_u8 if plan.frame.is_identity else resize_bilinear(image_u8, plan.frame.model_hw)
-    return PreparedSlice(plan, pixels)
+    size = plan.tile_size_px
+    tiles = np.zeros((len(plan.tiles), size, size), np.uint8)
+    for room, tile in zip(tiles, plan.tiles, strict=True):
+        room[: tile.read.height, : tile.read.width] = pixels[tile.read.slices]
+    sizes = np.array([(tile.read.height, tile.read.width) for tile in plan.tiles], np.int64)
+    return PreparedSlice(plan, tiles, sizes)

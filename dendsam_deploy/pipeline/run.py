@@ -16,6 +16,7 @@ from dendsam_deploy.pipeline.clock import StageClock
 from dendsam_deploy.pipeline.finish import finish_run
 from dendsam_deploy.pipeline.job import Job, SegmentOptions, input_digest, plan_job, result_folder
 from dendsam_deploy.pipeline.journal import abandon_run, working_in
+from dendsam_deploy.pipeline.paint import paint_masks
 from dendsam_deploy.pipeline.prepare import PreparedSlice, prepare_slice
 from dendsam_deploy.pipeline.record import (
     SegmentResult,
@@ -24,7 +25,7 @@ from dendsam_deploy.pipeline.record import (
     sum_stages,
     write_record,
 )
-from dendsam_deploy.pipeline.segment import segment_prepared
+from dendsam_deploy.pipeline.segment import find_masks
 from dendsam_deploy.progress import Progress, no_progress
 from dendsam_deploy.volume.intensity import to_uint8
 from dendsam_deploy.volume.open import input_signature, open_volume
@@ -33,14 +34,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from concurrent.futures import Future
 
-    from dendsam_deploy.instances import Detections
+    from dendsam_deploy.instances import Detections, Masks
     from dendsam_deploy.progress import ProgressCallback
     from dendsam_deploy.runtimes.session import Session
 
 __all__ = ["SegmentOptions", "SegmentResult", "segment_volume"]
 
 _QUEUED_SLICES = 2
-"""Slices that are read ahead of the compute, and that may wait behind it to be written: memory does not grow with Z."""
+"""Slices that are read ahead of the graphs, and that may wait behind them for the disk: memory does not grow with Z."""
 
 
 def segment_volume(
@@ -128,36 +129,65 @@ def _completed(job: Job, objects_3d: int, clock: StageClock, started: float, res
 
 
 def _segment_slices(job: Job, todo: list[int], progress: ProgressCallback) -> None:
-    """Segment the slices that are still to be done; reading and writing run beside the compute."""
+    """Segment the slices that are still to be done; reading, painting and writing run beside the graphs."""
     total = len(job.output.slices)
     found = sum(entry.objects for entry in job.journal.entries.values())
-    unwritten: deque[Future[None]] = deque()
+    unwritten: deque[Future[_Painted]] = deque()
+    # Left from the last to the first: whatever ends the run, what the graphs have finished is painted and recorded.
     with (
         ThreadPoolExecutor(1, "slice-writer") as writer,
+        ThreadPoolExecutor(1, "slice-painter") as painter,
         ThreadPoolExecutor(1, "slice-reader") as reader,
         closing(_read_ahead(reader, partial(_load, job), todo)) as slices,
     ):
         for count, loaded in enumerate(slices):
             progress(Progress("segment", total - len(todo) + count, total, f"{found} objects"))
-            _, instances = segment_prepared(loaded.prepared, job.session, loaded.boxes, job.recipe, loaded.clock)
-            found += len(instances)
-            unwritten.append(writer.submit(job.journal.record, loaded.z, instances, loaded.input_sha256, loaded.clock))
+            prompted = find_masks(loaded.prepared, job.session, loaded.boxes, job.recipe, loaded.source.clock)
+            unwritten.append(painter.submit(_paint, job, loaded.source, *prompted, writer))
             while len(unwritten) > _QUEUED_SLICES:
-                unwritten.popleft().result()
-        for recorded in unwritten:
-            recorded.result()
+                found += unwritten.popleft().result().wait()
+        while unwritten:
+            found += unwritten.popleft().result().wait()
     progress(Progress("segment", total, total, f"{found} objects"))
 
 
 @dataclass(frozen=True, slots=True)
-class _LoadedSlice:
-    """A slice on its way from the reader to the compute; `boxes` is None where the detector is to be asked."""
+class _Painted:
+    """A slice on its way from the painter to the disk."""
+
+    objects: int
+    recorded: Future[None]
+
+    def wait(self) -> int:
+        """Return the number of objects once the slice is on the disk."""
+        self.recorded.result()
+        return self.objects
+
+
+def _paint(job: Job, source: _Source, detections: Detections, masks: Masks, writer: ThreadPoolExecutor) -> _Painted:
+    """Paint the masks of a slice and hand the objects to the writer."""
+    with source.clock.measure("paint"):
+        _, instances = paint_masks(detections, masks, job.recipe.plan, job.recipe.paint)
+    recorded = writer.submit(job.journal.record, source.z, instances, source.input_sha256, source.clock)
+    return _Painted(len(instances), recorded)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Which slice it is, and the clock that goes along with it."""
 
     z: int
-    prepared: PreparedSlice
-    boxes: Detections | None
     input_sha256: str
     clock: StageClock
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadedSlice:
+    """A slice on its way from the reader to the graphs; `boxes` is None where the detector is to be asked."""
+
+    source: _Source
+    prepared: PreparedSlice
+    boxes: Detections | None
 
 
 def _load(job: Job, z: int) -> _LoadedSlice:
@@ -169,7 +199,7 @@ def _load(job: Job, z: int) -> _LoadedSlice:
     with clock.measure("prepare"):
         image_u8 = to_uint8(image, f"{job.volume.info.source}: slice {z}")
         prepared = prepare_slice(image_u8, job.recipe.plan)
-        return _LoadedSlice(z, prepared, boxes, input_digest(image), clock)
+        return _LoadedSlice(_Source(z, input_digest(image), clock), prepared, boxes)
 
 
 def _read_ahead(

@@ -14,6 +14,7 @@ from dendsam_deploy.pipeline.claims import claim_from_logits, united
 from dendsam_deploy.pipeline.clock import StageClock
 from dendsam_deploy.pipeline.decode import BoxDecoder, DecodeOptions, boxes_in_tiles, decode_masks, encode_tiles
 from dendsam_deploy.pipeline.detect import DetectOptions, clip_to_slice, detect_objects
+from dendsam_deploy.pipeline.infer import on_device
 from dendsam_deploy.pipeline.paint import PaintOptions, paint_masks
 from dendsam_deploy.pipeline.prepare import PreparedSlice, TilePlan, plan_tiles, prepare_slice
 from dendsam_deploy.pipeline.upsample import upsample_mask
@@ -136,14 +137,23 @@ def segment_prepared(
 ) -> tuple[NDArray[np.uint32], Instances]:
     """Segment a slice that is already in the model's pixels; see `segment_slice`."""
     clock = clock or StageClock()
-    with clock.measure("detect"):
-        if detections is None:
-            detections = detect_objects(prepared, require_detector(session), recipe.detect)
-        else:
-            detections = clip_to_slice(detections, recipe.plan)
-    masks = _decode(prepared, session, detections, recipe, clock)
+    detections, masks = find_masks(prepared, session, detections, recipe, clock)
     with clock.measure("paint"):
         return paint_masks(detections, masks, recipe.plan, recipe.paint)
+
+
+def find_masks(
+    prepared: PreparedSlice, session: Session, detections: Detections | None, recipe: SliceRecipe, clock: StageClock
+) -> tuple[Detections, Masks]:
+    """Run the graphs on a slice: what is left is to paint; see `segment_slice`."""
+    with clock.measure("detect"):
+        if detections is None:
+            detector = require_detector(session)
+            prepared = on_device(prepared, detector, session.encoder)
+            detections = detect_objects(prepared, detector, recipe.detect)
+        else:
+            detections = clip_to_slice(detections, recipe.plan)
+    return detections, _decode(prepared, session, detections, recipe, clock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +252,7 @@ def _decode(
         )
     box_index, tile_index = recipe.plan.views(detections.boxes_xyxy)
     with clock.measure("encode"):
-        embeddings = encode_tiles(prepared, tile_index, session.encoder)
+        embeddings = encode_tiles(prepared, tile_index, session.encoder, session.decoder)
     with clock.measure("decode"):
         boxes = boxes_in_tiles(detections.boxes_xyxy[box_index], tile_index, recipe.plan)
         return decode_masks(boxes, box_index, tile_index, embeddings, BoxDecoder(session.decoder, recipe.decode))

@@ -1,10 +1,13 @@
-"""The engine that every installation has: ONNX Runtime, on the CPU and, where its CUDA provider loads, on a GPU."""
+"""The engine that every installation has: ONNX Runtime, on the CPU and, where its provider loads, on a GPU."""
 
 from __future__ import annotations
 
+import ctypes
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as native
@@ -12,8 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from dendsam_deploy.errors import BundleError, InputFileError, InvalidArgumentError, MissingCapabilityError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -25,8 +27,19 @@ if TYPE_CHECKING:
 ENGINE = "onnxruntime"
 """Name of this engine, as on the command line."""
 
-_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+Provider = Literal["cuda", "tensorrt"]
+"""What executes graphs on a GPU."""
+
+_CPU = "CPUExecutionProvider"
+_PROVIDERS: Mapping[Provider, str] = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+_TITLES: Mapping[Provider, str] = {"cuda": "CUDA", "tensorrt": "TensorRT"}
 _FATAL_ONLY = 4
+
+_HEAVY = frozenset({
+    "Attention", "Conv", "ConvTranspose", "Einsum", "Erf", "Gelu", "Gemm", "LayerNormalization", "MatMul", "MaxPool",
+    "MultiHeadAttention", "Resize", "Sigmoid", "Softmax",
+})  # fmt: skip
+"""Operators that a GPU must not leave to the CPU. The arithmetic of shapes belongs there, and takes no time."""
 
 # The binding derives its exceptions from Exception alone, so they have to be listed.
 _LOAD_ERRORS = (
@@ -41,7 +54,15 @@ _LOAD_ERRORS = (
     native.InvalidArgument,
     native.RuntimeException,
 )
-_RUN_ERRORS = (native.Fail, native.RuntimeException, native.EPFail, native.EngineError, native.DeviceReset, MemoryError)
+_RUN_ERRORS = (
+    native.Fail,
+    native.RuntimeException,
+    native.EPFail,
+    native.EngineError,
+    native.DeviceReset,
+    MemoryError,
+    RuntimeError,  # what bindings make of any of the others
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +75,13 @@ class RunnerOptions:
         ``cpu``, ``cuda`` or ``cuda:N``.
     threads : int or None
         Threads of one operator on the CPU; None takes one per physical core.
+    provider : {"cuda", "tensorrt"}
+        What executes it on a GPU. TensorRT plans each graph anew whenever it is loaded, which takes minutes.
     """
 
     device: str = "cpu"
     threads: int | None = None
+    provider: Provider = "cuda"
 
 
 def graph_signature(path: Path) -> dict[str, list[dict[str, object]]]:
@@ -71,7 +95,7 @@ def graph_signature(path: Path) -> dict[str, list[dict[str, object]]]:
     try:
         session = onnxruntime.InferenceSession(path, sess_options=_session_options(1), providers=[_CPU])
     except _LOAD_ERRORS as error:
-        raise InputFileError(f"{path}: cannot be read as an ONNX graph ({_line(error)})") from error
+        raise InputFileError(f"{path}: cannot be read as an ONNX graph ({line_of(error)})") from error
     return {
         side: [{"name": value.name, "type": value.type, "shape": list(value.shape)} for value in values]
         for side, values in (("inputs", session.get_inputs()), ("outputs", session.get_outputs()))
@@ -98,15 +122,20 @@ class OnnxRunner:
         Where the installed ONNX Runtime does not offer the device.
     """
 
-    engine = ENGINE
     borrows_outputs = False
 
     def __init__(self, path: Path, spec: GraphSpec, options: RunnerOptions) -> None:
         self.spec = spec
-        self.device = canonical_device(options.device)
+        self.device = canonical_device(options.device, options.provider)
         self._path = path
-        self._threads = options.threads
+        self._options = options
         self._session: onnxruntime.InferenceSession | None = None
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine, with that of the provider where it is not the usual one."""
+        is_usual = self.device == "cpu" or self._options.provider == "cuda"
+        return ENGINE if is_usual else f"{ENGINE}+{self._options.provider}"
 
     def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         """Execute the graph once on C-contiguous arrays of exactly the dtypes and shapes of `spec`.
@@ -118,29 +147,33 @@ class OnnxRunner:
         MissingCapabilityError
             Where the machine gives up during the execution, for example for lack of memory.
         """
-        if self._session is None:
-            raise InvalidArgumentError(f"{self._path}: the runner is not open; use it in a `with` block")
+        session = self._open_session()
         names = [output.name for output in self.spec.outputs]
-        try:
-            return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
-        except (native.InvalidArgument, ValueError) as error:
-            raise InvalidArgumentError(f"{self._path}: an input does not fit the graph ({_line(error)})") from error
-        except _RUN_ERRORS as error:
-            raise MissingCapabilityError(
-                f"{self._path}: failed on {self.device} ({_line(error)}); free memory or choose another device"
-            ) from error
+        with self._guarded():
+            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
     def __enter__(self) -> Self:
+        options = _session_options(self._options.threads)
         try:
             session = onnxruntime.InferenceSession(
-                self._path, sess_options=_session_options(self._threads), providers=_providers(self.device)
+                self._path,
+                sess_options=options,
+                providers=_providers(self.device, self._options.provider),
+                enable_fallback=0,  # it would print a notice and go on with the CPU
             )
+        except (native.EPFail, RuntimeError) as error:
+            raise MissingCapabilityError(
+                f"{self._path}: ONNX Runtime {onnxruntime.__version__} cannot use {self.device} ({line_of(error)}); "
+                "run `dendsam-deploy doctor`, or choose another device"
+            ) from error
         except _LOAD_ERRORS as error:
             raise BundleError(
-                f"{self._path}: ONNX Runtime {onnxruntime.__version__} cannot load the graph ({_line(error)}); "
+                f"{self._path}: ONNX Runtime {onnxruntime.__version__} cannot load the graph ({line_of(error)}); "
                 "export the bundle again or update onnxruntime"
             ) from error
-        _check_provider(session.get_providers(), self.device)
+        if self.device != "cpu":
+            _check_provider(session.get_providers(), self.device, self._options.provider)
+            _check_placement(session, self._path)
         self._session = session
         return self
 
@@ -149,8 +182,26 @@ class OnnxRunner:
     ) -> None:
         self._session = None
 
+    def _open_session(self) -> onnxruntime.InferenceSession:
+        """Return the session of a runner that was entered."""
+        if self._session is None:
+            raise InvalidArgumentError(f"{self._path}: the runner is not open; use it in a `with` block")
+        return self._session
 
-def canonical_device(device: str) -> str:
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Translate the exceptions of an execution."""
+        try:
+            yield
+        except (native.InvalidArgument, ValueError) as error:
+            raise InvalidArgumentError(f"{self._path}: an input does not fit the graph ({line_of(error)})") from error
+        except _RUN_ERRORS as error:
+            raise MissingCapabilityError(
+                f"{self._path}: failed on {self.device} ({line_of(error)}); free memory or choose another device"
+            ) from error
+
+
+def canonical_device(device: str, provider: Provider = "cuda") -> str:
     """Return ``cpu`` or ``cuda:N`` for a device that the installed ONNX Runtime offers.
 
     Raises
@@ -158,36 +209,73 @@ def canonical_device(device: str) -> str:
     InvalidArgumentError
         For any other spelling.
     MissingCapabilityError
-        Where a GPU is asked for and there is no CUDA provider.
+        Where a GPU is asked for and there is no provider for it.
     """
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
     if match is None:
         raise InvalidArgumentError(f"device {device!r} is unknown; choose cpu, cuda or cuda:N")
     if device == "cpu":
         return device
-    if _CUDA not in onnxruntime.get_available_providers():
+    if _PROVIDERS[provider] not in onnxruntime.get_available_providers():
         raise MissingCapabilityError(
-            f"device {device}: this ONNX Runtime {onnxruntime.__version__} has no CUDA provider; "
+            f"device {device}: this ONNX Runtime {onnxruntime.__version__} has no {_TITLES[provider]} provider; "
             "install onnxruntime-gpu[cuda,cudnn] in place of onnxruntime, or choose --device cpu"
         )
     return f"cuda:{int(match[1] or 0)}"
 
 
-def _providers(device: str) -> list[tuple[str, dict[str, str]]]:
+def _providers(device: str, provider: Provider) -> list[tuple[str, dict[str, str]]]:
     """Return the provider chain of a device; the CPU is always last because some shape arithmetic runs nowhere else."""
     if device == "cpu":
         return [(_CPU, {})]
     onnxruntime.preload_dlls()
-    index = device.removeprefix("cuda:")
-    return [(_CUDA, {"device_id": index, "arena_extend_strategy": "kSameAsRequested"}), (_CPU, {})]
+    index = {"device_id": device.removeprefix("cuda:")}
+    cuda = {
+        **index,
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "HEURISTIC",  # a search by trial differs from run to run
+        "use_tf32": "0",  # fp32 means fp32; what may be coarser is exported at another precision
+    }
+    chain = [(_PROVIDERS["cuda"], cuda), (_CPU, {})]
+    return [(_PROVIDERS["tensorrt"], index), *chain] if provider == "tensorrt" else chain
 
 
-def _check_provider(have: list[str], device: str) -> None:
+def _check_provider(have: Sequence[str], device: str, provider: Provider) -> None:
     """Raise where ONNX Runtime dropped the provider that was asked for, which it does without an error of its own."""
-    if device != "cpu" and _CUDA not in have:
+    if _PROVIDERS[provider] not in have:
         raise MissingCapabilityError(
-            f"device {device}: the CUDA provider did not load (only {', '.join(have)} did); "
-            "its CUDA or cuDNN libraries do not match: run `dendsam-deploy doctor`, or choose --device cpu"
+            f"device {device}: the {_TITLES[provider]} provider did not load (only {', '.join(have)} did): "
+            f"{_why_not_loaded(provider)}; run `dendsam-deploy doctor`, or choose --device cpu"
+        )
+
+
+def _why_not_loaded(provider: Provider) -> str:
+    """Name the library that a provider misses, by loading it as ONNX Runtime does."""
+    for library in (Path(native.__file__).parent).glob(f"*onnxruntime_providers_{provider}.*"):
+        try:
+            ctypes.CDLL(str(library))
+        except OSError as error:
+            return line_of(error)
+    return "its libraries do not match this ONNX Runtime"
+
+
+def _check_placement(session: onnxruntime.InferenceSession, path: Path) -> None:
+    """Raise where a GPU's provider left real work to the CPU, which costs more than the GPU gains."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):  # older than ONNX Runtime 1.24
+        return
+    heavy = sorted(
+        {
+            node.op_type
+            for part in session.get_provider_graph_assignment_info()
+            if part.ep_name == _CPU
+            for node in part.get_nodes()
+            if node.op_type in _HEAVY
+        }
+    )
+    if heavy:
+        raise MissingCapabilityError(
+            f"{path}: ONNX Runtime {onnxruntime.__version__} would execute {', '.join(heavy)} on the CPU, not on the "
+            "GPU; choose another --precision or --engine, or update onnxruntime-gpu"
         )
 
 
@@ -202,9 +290,10 @@ def _session_options(threads: int | None) -> onnxruntime.SessionOptions:
     options.use_deterministic_compute = True
     # Three graphs take turns: threads of one that waits must not spin on the cores of the others.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     return options
 
 
-def _line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
     """Return an exception's message as one line."""
     return " ".join((str(error) or type(error).__name__).split())

@@ -1,8 +1,12 @@
-"""The seam between the pipeline and the engines: one verb, a context manager, and a public test double."""
+"""The seam between the pipeline and the engines: one verb, a context manager, and a public test double.
+
+Every runner takes and returns numpy arrays. One on a GPU may also keep tensors where it computes (`ResidentRunner`), so
+that tiles go up once, embeddings never come down, and the decoder's regions are all that crosses the bus.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -51,6 +55,70 @@ class Runner(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+
+class Resident(Protocol):
+    """A tensor in the memory of one engine on one device; its first axis counts tiles or boxes.
+
+    It is valid as long as the runner that made it is open.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        """Type of its elements."""
+        ...
+
+    def __getitem__(self, rows: slice) -> Resident:
+        """Return consecutive rows of the first axis, which share this tensor's memory."""
+        ...
+
+    def numpy(self) -> NDArray[np.generic]:
+        """Return a copy in the memory of the host."""
+        ...
+
+
+Tensor: TypeAlias = "NDArray[np.generic] | Resident"
+"""What a graph takes: an array of the host, or what a runner of the same engine and device holds."""
+
+
+@runtime_checkable
+class ResidentRunner(Runner, Protocol):
+    """A runner that can leave tensors on its device and take them from there.
+
+    Residents of runners of the same engine and device are interchangeable.
+    """
+
+    @property
+    def rows_per_call(self) -> int:
+        """Tiles, or boxes for the decoder, that one call should hold to keep the device busy."""
+        ...
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[np.generic]]:
+        """Execute the graph once, on arrays and residents, and bring every output to the host."""
+        ...
+
+    def run_into(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Resident]) -> None:
+        """Execute the graph once and write its outputs, all of which must be given, where they are to stay."""
+        ...
+
+    def upload(self, array: NDArray[np.generic]) -> Resident:
+        """Copy an array to the device."""
+        ...
+
+    def allocate(self, output: str, rows: int) -> Resident:
+        """Return room on the device for an output of that many rows, its contents undefined."""
+        ...
+
+
+def share_memory(*runners: Runner | None) -> bool:
+    """Tell whether tensors can pass between runners without leaving the device."""
+    places = {(runner.engine, runner.device) for runner in runners if runner is not None}
+    return len(places) == 1 and all(isinstance(runner, ResidentRunner) for runner in runners)
 
 
 class CallableRunner:

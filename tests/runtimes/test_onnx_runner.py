@@ -94,6 +94,6 @@ def test_cuda_gets_a_number_where_the_provider_is_installed(monkeypatch: pytest.
 def test_a_provider_that_vanishes_silently_is_refused(graph_file: Path, monkeypatch: pytest.MonkeyPatch):
     """ONNX Runtime drops a provider whose libraries do not load and goes on with the CPU; here it always does."""
     monkeypatch.setattr(portable.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(portable, "_providers", lambda device: ["CPUExecutionProvider"])
+    monkeypatch.setattr(portable, "_providers", lambda device, provider: ["CPUExecutionProvider"])
     with pytest.raises(MissingCapabilityError, match="did not load"):
         OnnxRunner(graph_file, SPEC, RunnerOptions(device="cuda")).__enter__()
