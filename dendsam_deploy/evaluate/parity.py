@@ -1,6 +1,6 @@
 """Does the bundle do what its weights did? Every graph against the original modules, level by level.
 
-Run first, judge later: `comparisons` measures, `limits` judges, and every row of the report carries the number by which
+Run first, judge later: comparisons measure, `limits` judges, and every row of the report carries the number by which
 it passed or failed.
 """
 
@@ -17,15 +17,13 @@ from dendsam_deploy.bundle.parity import ParityReport, ParityRow, Reference
 from dendsam_deploy.bundle.reference import DetectorOutputs, ReferenceInputs, SamOutputs, load_reference
 from dendsam_deploy.bundle.writer import write_parity
 from dendsam_deploy.errors import BundleError, InvalidArgumentError, MissingCapabilityError
-from dendsam_deploy.evaluate.comparisons import (
-    Finding,
-    compare_boxes,
+from dendsam_deploy.evaluate.compare_boxes import compare_boxes, detect
+from dendsam_deploy.evaluate.compare_masks import compare_masks
+from dendsam_deploy.evaluate.compare_preprocessing import compare_preprocessing
+from dendsam_deploy.evaluate.compare_tensors import (
     compare_embeddings,
     compare_end_to_end,
     compare_logits,
-    compare_masks,
-    compare_preprocessing,
-    detect,
     encode,
 )
 from dendsam_deploy.evaluate.limits import METRICS
@@ -36,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
     from types import ModuleType
+
+    from dendsam_deploy.evaluate.findings import Finding
 
 _STEPS = ("reference", "preprocessing", "encoder", "decoder", "detector", "masks")
 

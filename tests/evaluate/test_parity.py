@@ -28,7 +28,7 @@ from dendsam_deploy.models.weights import load_sam  # noqa: E402 - after the che
 
 Tensors = dict[str, np.ndarray]
 SIZE = 128
-ON_ONE_THREAD = SessionOptions(threads=1)
+ON_ONE_THREAD = SessionOptions("onnxruntime", "cpu", threads=1)
 
 
 @pytest.fixture

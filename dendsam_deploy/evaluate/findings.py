@@ -1,0 +1,66 @@
+"""What a comparison yields, and the arithmetic that comparisons share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dendsam_deploy.runtimes.runner import Runner
+
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A measured number, not yet judged; `detail` tells apart what is measured by the same metric."""
+
+    level: int
+    graph: str
+    metric: str
+    value: float
+    detail: str = ""
+
+
+def run_graph(runner: Runner, inputs: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+    """Call a graph; NaN passes, because it is to be counted."""
+    outputs = runner.run({name: np.ascontiguousarray(array) for name, array in inputs.items()})
+    return {name: array.copy() for name, array in outputs.items()} if runner.borrows_outputs else outputs
+
+
+def relative_max(value: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Return the largest difference over the largest expected magnitude."""
+    return largest_difference(value, expected) / max(float(np.abs(expected).max()), _TINY)
+
+
+def max_over_std(value: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Return the largest difference over the standard deviation of what was expected."""
+    return largest_difference(value, expected) / max(float(expected.std()), _TINY)
+
+
+def lowest_cosine(value: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Return the lowest cosine between corresponding tiles."""
+    a, b = (array.reshape(len(array), -1).astype(np.float64) for array in (value, expected))
+    with np.errstate(invalid="ignore"):
+        cosine = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return float(cosine.min())
+
+
+def not_finite(array: NDArray[np.float32]) -> int:
+    """Count NaN and infinities."""
+    return count_true(~np.isfinite(array))
+
+
+def count_true(condition: NDArray[np.bool_]) -> int:
+    """Count what is true."""
+    return int(np.count_nonzero(condition))
+
+
+def largest_difference(value: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Return the largest magnitude of a difference; NaN where there is one, 0 of nothing."""
+    with np.errstate(invalid="ignore"):
+        return float(np.abs(value - expected).max(initial=0))
