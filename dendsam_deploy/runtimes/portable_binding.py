@@ -10,14 +10,15 @@ import numpy as np
 import onnxruntime
 
 from dendsam_deploy.errors import InvalidArgumentError
-from dendsam_deploy.runtimes.portable import OnnxRunner
+from dendsam_deploy.runtimes.portable import OnnxRunner, RunnerOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from dendsam_deploy.bundle.manifest import TensorSpec
+    from dendsam_deploy.bundle.manifest import GraphSpec, TensorSpec
     from dendsam_deploy.runtimes.runner import Resident, Tensor
 
 _ROWS_PER_CALL = {"detector": 4, "encoder": 4, "decoder": 64}
@@ -182,3 +183,25 @@ class BoundRunner(OnnxRunner):
         binding.synchronize_inputs()
         self._open_session().run_with_iobinding(binding)
         binding.synchronize_outputs()
+
+
+def portable_runner(path: Path, spec: GraphSpec, options: RunnerOptions) -> OnnxRunner:
+    """Return the runner for a device: on a GPU one that keeps tensors there, on the CPU the plain one.
+
+    Parameters
+    ----------
+    path : Path
+        The ONNX file.
+    spec : GraphSpec
+        What the manifest says about it.
+    options : RunnerOptions
+        Where to execute it.
+
+    Raises
+    ------
+    InvalidArgumentError
+        For a device that has another name.
+    MissingCapabilityError
+        Where the installed ONNX Runtime does not offer the device.
+    """
+    return (OnnxRunner if options.device == "cpu" else BoundRunner)(path, spec, options)

@@ -189,9 +189,10 @@ def session_on(bundle: Bundle, choice: Choice, options: SessionOptions) -> Sessi
 
 def _portable_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Runner:
     """Return a runner on ONNX Runtime, which is imported here because it costs 0.2 s."""
-    from dendsam_deploy.runtimes.portable import OnnxRunner, RunnerOptions  # noqa: PLC0415  (see above)
+    from dendsam_deploy.runtimes.portable import RunnerOptions  # noqa: PLC0415  (see above)
+    from dendsam_deploy.runtimes.portable_binding import portable_runner  # noqa: PLC0415
 
-    return OnnxRunner(path, spec, RunnerOptions(options.device, options.threads))
+    return portable_runner(path, spec, RunnerOptions(options.device, options.threads))
 
 
 def _compiled_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Runner:

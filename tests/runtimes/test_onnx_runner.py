@@ -95,5 +95,42 @@ def test_a_provider_that_vanishes_silently_is_refused(graph_file: Path, monkeypa
     """ONNX Runtime drops a provider whose libraries do not load and goes on with the CPU; here it always does."""
     monkeypatch.setattr(portable.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(portable, "_providers", lambda device, provider: ["CPUExecutionProvider"])
-    with pytest.raises(MissingCapabilityError, match="did not load"):
+    with pytest.raises(MissingCapabilityError, match="CUDA provider did not load"):
         OnnxRunner(graph_file, SPEC, RunnerOptions(device="cuda")).__enter__()
+
+
+def test_the_library_that_a_provider_misses_is_named(
+    graph_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """A package for GPUs whose CUDA is not there; nothing is printed, and nothing else is used instead."""
+    (tmp_path / "libonnxruntime_providers_cuda.so").write_bytes(b"no library")
+    monkeypatch.setattr(portable.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(portable.native, "__file__", str(tmp_path / "onnxruntime_pybind11_state.so"))
+    monkeypatch.setattr(portable, "_providers", lambda device, provider: ["CPUExecutionProvider"])
+    with pytest.raises(MissingCapabilityError, match=r"libonnxruntime_providers_cuda\.so.*doctor"):
+        OnnxRunner(graph_file, SPEC, RunnerOptions(device="cuda")).__enter__()
+    assert capfd.readouterr().out == ""
+
+
+def test_the_tensorrt_provider_is_part_of_the_name_of_the_engine(graph_file: Path, monkeypatch: pytest.MonkeyPatch):
+    """What was proven with one provider is not proven with the other."""
+    options = RunnerOptions(device="cuda:2", provider="tensorrt")
+    monkeypatch.setattr(portable.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with pytest.raises(MissingCapabilityError, match="no TensorRT provider"):
+        OnnxRunner(graph_file, SPEC, options)
+    monkeypatch.setattr(portable.onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    runner = OnnxRunner(graph_file, SPEC, options)
+    assert (runner.engine, runner.device) == ("onnxruntime+tensorrt", "cuda:2")
+
+
+def test_work_that_a_gpu_leaves_to_the_cpu_is_refused(graph_file: Path):
+    """Here everything runs on the CPU, so that a session on a GPU that did the same would have to be refused."""
+    with OnnxRunner(graph_file, SPEC, RunnerOptions(threads=1)) as runner:
+        portable._check_placement(runner._open_session(), graph_file)  # a cast and a sum weigh nothing
+    model = onnx.load(graph_file)
+    model.graph.node[1].CopyFrom(helper.make_node("MatMul", ["real", "matrix"], ["sums"]))
+    model.graph.initializer.append(helper.make_tensor("matrix", TensorProto.FLOAT, [3, 1], [1.0, 1.0, 1.0]))
+    onnx.save(model, graph_file)
+    refused = pytest.raises(MissingCapabilityError, match="would execute MatMul on the CPU")
+    with OnnxRunner(graph_file, SPEC, RunnerOptions(threads=1)) as runner, refused:
+        portable._check_placement(runner._open_session(), graph_file)
