@@ -47,6 +47,8 @@ VENDOR_HOMES = {
     "jinja2": ["report/page.py"],
     "markupsafe": ["report/page.py"],
     "matplotlib": ["report/figures.py"],
+    "cuda": ["runtimes/gpu_memory.py"],
+    "tensorrt": ["runtimes/gpu_engine_library.py"],
     "onnxruntime": ["runtimes/portable"],
     "openvino": ["runtimes/compiled_cpu.py"],
     "onnx": ["export/"],

@@ -72,7 +72,9 @@ def segment(
         raw = stack.enter_context(open_volume(volume, options.voxel_size_nm))
         if boxes is not None:
             options = replace(options, boxes=stack.enter_context(open_boxes(boxes, raw.info.shape_zyx)))
-        session = stack.enter_context(open_session(opened, SessionOptions(**RUNTIME.given(context))))
+        with console.progress() as progress:
+            wishes = SessionOptions(**RUNTIME.given(context), progress=progress)
+            session = stack.enter_context(open_session(opened, wishes))
         console.note(session.description)
         with console.progress() as progress:
             result = segment_volume(volume, session, options, progress)

@@ -35,8 +35,9 @@ def verify(context: click.Context, bundle: Path, json_file: Path | None) -> None
     from dendsam_deploy.runtimes.session import SessionOptions
 
     console: Console = context.obj
-    options = VerifyOptions(session=SessionOptions(**RUNTIME.given(context)), **SETTINGS.given(context))
     with console.progress() as progress:
+        session = SessionOptions(**RUNTIME.given(context), progress=progress)
+        options = VerifyOptions(session=session, **SETTINGS.given(context))
         report = verify_bundle(bundle, options, progress)
     console.result(parity_table(report), report.to_document(), json_file)
     if not report.passed:

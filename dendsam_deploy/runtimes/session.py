@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from dendsam_deploy.progress import ProgressCallback, no_progress
 from dendsam_deploy.runtimes.choice import Choice, choose, combinations_on_offer
 from dendsam_deploy.runtimes.probe import why_not
 
@@ -36,12 +37,18 @@ class SessionOptions:
         Precision of the encoder, and of the other graphs where the bundle has them at it; they run at fp32 otherwise.
     threads : int or None
         Threads of one operator on the CPU; None takes one per physical core.
+    trusted_engines : tuple of str
+        SHA-256 of compiled engines that may be loaded, which runs code, although somebody else made them.
+    progress : callable
+        Told about slow preparations of an engine, such as compiling.
     """
 
     engine: str = "auto"
     device: str = "auto"
     precision: Precision | None = None
     threads: int | None = None
+    trusted_engines: tuple[str, ...] = ()
+    progress: ProgressCallback = field(default=no_progress, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,5 +209,14 @@ def _compiled_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Ru
     return CompiledRunner(path, spec, options.device, options.threads)
 
 
-ENGINES: Mapping[str, RunnerMaker] = MappingProxyType({"onnxruntime": _portable_runner, "openvino": _compiled_runner})
+def _engine_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Runner:
+    """Return a runner on TensorRT, which is an extra."""
+    from dendsam_deploy.runtimes.gpu_engine import EngineOptions, EngineRunner  # noqa: PLC0415  (see above)
+
+    return EngineRunner(path, spec, EngineOptions(options.device, options.trusted_engines, options.progress))
+
+
+ENGINES: Mapping[str, RunnerMaker] = MappingProxyType(
+    {"onnxruntime": _portable_runner, "openvino": _compiled_runner, "tensorrt": _engine_runner}
+)
 """Engines by name. A new engine is one file with a runner, one row here, and one in `choice.PLACES`."""

@@ -1,0 +1,262 @@
+"""TensorRT on NVIDIA GPUs: graphs compiled for the very GPU that runs them, once, and kept in the bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dendsam_deploy.errors import BundleError, InvalidArgumentError
+from dendsam_deploy.progress import ProgressCallback, no_progress
+from dendsam_deploy.runtimes.gpu_engine_build import BuildOptions, engine_from_onnx
+from dendsam_deploy.runtimes.gpu_engine_cache import EngineCache, EngineIdentity
+from dendsam_deploy.runtimes.gpu_engine_execution import EngineExecution, LoadOptions
+from dendsam_deploy.runtimes.gpu_engine_library import tensorrt_version
+from dendsam_deploy.runtimes.gpu_engine_plan import (
+    MOST_BOXES,
+    MOST_TILES,
+    batch_size,
+    check_inputs,
+    empty_outputs,
+    gpu_index,
+    make_profiles,
+    split_calls,
+)
+from dendsam_deploy.runtimes.gpu_memory import Block, DeviceTensor, open_gpu
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+    from numpy.typing import NDArray
+
+    from dendsam_deploy.bundle.manifest import GraphSpec
+    from dendsam_deploy.runtimes.gpu_engine_cache import BuiltEngine, StoredEngine
+    from dendsam_deploy.runtimes.gpu_memory import Gpu
+    from dendsam_deploy.runtimes.runner import Resident, Tensor
+
+ENGINE = "tensorrt"
+"""Name of this engine, as on the command line."""
+
+_LARGEST_WORKSPACE_BYTES = 8 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How a graph is compiled and executed.
+
+    Parameters
+    ----------
+    device : str
+        ``auto``, ``cuda`` or ``cuda:N``.
+    trusted : tuple of str
+        SHA-256 of compiled engines that may be loaded although somebody else made them.
+    progress : callable
+        Told how far a compilation is.
+    is_recording : bool
+        Whether shapes that return are recorded and replayed at one command (CUDA graphs).
+    time_limit_s : float
+        A call that takes longer has failed.
+    """
+
+    device: str = "auto"
+    trusted: tuple[str, ...] = ()
+    progress: ProgressCallback = no_progress
+    is_recording: bool = True
+    time_limit_s: float = 300.0
+
+
+class EngineRunner:
+    """A graph of a bundle on TensorRT; compiled when it is entered for the first time on a machine, then only loaded.
+
+    Outputs are borrowed: the next call overwrites them. Batches of any size are accepted.
+
+    Parameters
+    ----------
+    path : Path
+        The ONNX file. Compiled engines are kept beside it in ``engines/``.
+    spec : GraphSpec
+        What the manifest says about it.
+    options : EngineOptions
+        How to compile and execute it.
+
+    Raises
+    ------
+    MissingCapabilityError
+        For the CPU.
+    InvalidArgumentError
+        For a device that has another name, or a trusted digest that is none.
+    """
+
+    engine = ENGINE
+    borrows_outputs = True
+
+    def __init__(self, path: Path, spec: GraphSpec, options: EngineOptions | None = None) -> None:
+        self._options = options or EngineOptions()
+        self._gpu = gpu_index(self._options.device)
+        self.spec = spec
+        self.device = f"cuda:{self._gpu}"
+        self._path = path
+        self._profiles = make_profiles(spec)
+        self._cache = EngineCache(path.parent, self._options.trusted)
+        self._stored: StoredEngine | None = None
+        self._execution: EngineExecution | None = None
+
+    @property
+    def rows_per_call(self) -> int:
+        """Tiles, or boxes for the decoder, of one execution; larger batches are cut."""
+        return MOST_BOXES if self.spec.role == "decoder" else MOST_TILES
+
+    @property
+    def stored(self) -> StoredEngine:
+        """The compiled engine: its digest, whether it is new, and how many of its attentions are fused."""
+        if self._stored is None:
+            raise self._not_open()
+        return self._stored
+
+    @property
+    def recordings(self) -> int:
+        """Number of shapes that are replayed by now."""
+        return self._opened().recordings
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[np.generic]]:
+        """Execute the graph on arrays and tensors of the GPU of exactly the dtypes and shapes of `spec`.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Where an input is missing or of another dtype or shape, or the runner was not entered.
+        MissingCapabilityError
+            Where the GPU gives up or does not answer in time.
+        """
+        execution = self._opened()
+        check_inputs(inputs, self.spec, str(self._path))
+        count = batch_size(inputs, self.spec)
+        if count == 0:
+            return empty_outputs(inputs, self.spec, execution.stated_shapes())
+        whole: dict[str, NDArray[np.generic]] = {}
+        for call in split_calls(inputs, self.spec):
+            part = execution.bring_down(execution.execute(call))
+            if np.array_equal(call.rows, np.arange(count)):
+                return part
+            for name, values in part.items():
+                whole.setdefault(name, np.empty((count, *values.shape[1:]), values.dtype))[call.rows] = values
+        return whole
+
+    def run_into(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Resident]) -> None:
+        """Execute the graph and leave all of its outputs on the GPU, in tensors made by `allocate`.
+
+        Raises
+        ------
+        InvalidArgumentError, MissingCapabilityError
+            As for `run`, and where an output does not fit.
+        """
+        execution = self._opened()
+        check_inputs(inputs, self.spec, str(self._path))
+        if batch_size(inputs, self.spec) == 0:
+            return
+        for call in split_calls(inputs, self.spec):
+            for name, values in execution.execute(call).items():
+                target = outputs.get(name)
+                if not isinstance(target, DeviceTensor) or (target.shape[1:], target.dtype) != (
+                    values.shape[1:],
+                    values.dtype,
+                ):
+                    raise InvalidArgumentError(
+                        f"{self._path}: the output {name!r} is {values.dtype}{list(values.shape)}; give a tensor that "
+                        "`allocate` made for as many rows"
+                    )
+                for place, row in _runs(call.rows):
+                    execution.copy_rows(target[place], values[row])
+            execution.wait()
+
+    def upload(self, array: NDArray[np.generic]) -> DeviceTensor:
+        """Copy an array to the GPU, for this runner and for others on the same one."""
+        return self._opened().upload(array)
+
+    def allocate(self, output: str, rows: int) -> DeviceTensor:
+        """Return room on the GPU for an output of that many rows, its contents undefined.
+
+        Raises
+        ------
+        InvalidArgumentError
+            For an output that the graph does not have, or whose size is not known beforehand.
+        """
+        stated = self._opened().stated_shapes().get(output, ())
+        if not stated or any(length < 0 for length in stated[1:]):
+            raise InvalidArgumentError(
+                f"{self._path}: the output {output!r} has the shape {list(stated)}: not known yet"
+            )
+        dtype = np.dtype(next(tensor.dtype for tensor in self.spec.outputs if tensor.name == output))
+        shape = (rows, *stated[1:])
+        return DeviceTensor(Block(max(1, int(np.prod(shape)) * dtype.itemsize)), shape, dtype)
+
+    def __enter__(self) -> Self:
+        gpu = open_gpu(self._gpu)
+        identity = self._identity(gpu)
+        stored = self._cache.obtain(identity, lambda: self._build(identity, gpu))
+        load = LoadOptions(self._profiles, self._gpu, self._options.time_limit_s, self._options.is_recording)
+        self._execution = EngineExecution(stored.built.plan, self._path, self.spec, load)
+        self._stored = stored
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._execution is not None and not self._execution.is_lost:
+            self._execution = None
+        self._stored = None
+
+    def _build(self, identity: EngineIdentity, gpu: Gpu) -> BuiltEngine:
+        """Compile the graph."""
+        options = BuildOptions(
+            profiles=self._profiles,
+            workspace_bytes=min(_LARGEST_WORKSPACE_BYTES, gpu.memory_bytes // 2),
+            timings=self._cache.timing_data(identity),
+        )
+        build = engine_from_onnx(self._path, options, self._options.progress)
+        self._cache.keep_timing_data(identity, build.timings)
+        return build.engine
+
+    def _identity(self, gpu: Gpu) -> EngineIdentity:
+        """Return what the compiled engine must be for."""
+        return EngineIdentity(
+            role=self.spec.role,
+            precision=self.spec.precision,
+            graph_sha256=tuple(file.sha256 for file in self.spec.files) or (_digest(self._path),),
+            gpu=gpu.name,
+            compute_capability=gpu.compute_capability,
+            driver=gpu.driver,
+            tensorrt=tensorrt_version(),
+            profiles=json.dumps([profile.to_document() for profile in self._profiles], sort_keys=True),
+        )
+
+    def _opened(self) -> EngineExecution:
+        """Return what executes the graph."""
+        if self._execution is None or self._stored is None:
+            raise self._not_open()
+        return self._execution
+
+    def _not_open(self) -> InvalidArgumentError:
+        return InvalidArgumentError(f"{self._path}: the runner is not open; use it in a `with` block")
+
+
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again") from error
+
+
+def _runs(rows: NDArray[np.intp]) -> list[tuple[slice, slice]]:
+    """Cut ascending row numbers into runs without gaps: (rows of the whole, rows of the part)."""
+    starts = [0, *(np.nonzero(np.diff(rows) != 1)[0] + 1).tolist(), len(rows)]
+    return [(slice(int(rows[a]), int(rows[b - 1]) + 1), slice(a, b)) for a, b in pairwise(starts)]
