@@ -317,8 +317,8 @@ def test_a_new_engine_never_meets_the_record_of_an_old_one(cache: EngineCache, m
     def stopped(path: Path, text: str) -> None:
         raise PowerFailureError
 
-    with monkeypatch.context() as patch, pytest.raises(PowerFailureError):
-        patch.setattr("dendsam_deploy.runtimes.gpu_engine_cache.write_text", stopped)
+    monkeypatch.setattr("dendsam_deploy.runtimes.gpu_engine_cache.write_text", stopped)
+    with pytest.raises(PowerFailureError):
         cache.obtain(IDENTITY, lambda: BuiltEngine(b"new code"))
     assert (folder / ENGINE_FILE).read_bytes() == b"new code"
     assert cache.find(IDENTITY) is None
