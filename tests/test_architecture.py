@@ -19,6 +19,7 @@ LAYERS = {
     "geometry": 0,
     "instances": 0,
     "metrics": 0,
+    "host": 0,
     "weights": 0,
     "bundle": 1,
     "volume": 1,

@@ -1,0 +1,42 @@
+"""The peak of a while: what was allocated and freed in it counts, what came before does not."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from dendsam_deploy.evaluate import process_memory
+from dendsam_deploy.evaluate.process_memory import PeakMemory
+
+MB = 200
+
+
+def use_memory() -> None:
+    assert np.ones(MB * 125_000).sum() > 0  # 8 bytes each
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can set its mark back")
+def test_a_peak_is_seen_and_forgotten() -> None:
+    memory = PeakMemory()
+    before = memory.peak_mb()
+    use_memory()
+    peak = memory.peak_mb()
+    assert peak > before + 0.9 * MB
+    memory.restart()
+    assert memory.peak_mb() < peak - 0.5 * MB
+
+
+def test_without_that_only_a_new_record_is_known(monkeypatch) -> None:
+    records = iter([500.0, 500.0, 700.0])
+    monkeypatch.setattr(process_memory, "_reset", lambda: False)
+    monkeypatch.setattr(process_memory, "_peak_since_start_mb", lambda: next(records))
+    memory = PeakMemory()
+    assert memory.peak_mb() is None, "an earlier peak hides this one"
+    assert memory.peak_mb() == 700
+
+
+def test_the_mark_of_the_whole_process_is_in_megabytes() -> None:
+    peak = process_memory._peak_since_start_mb()
+    assert peak is None or 10 < peak < 1e6
