@@ -20,33 +20,31 @@ again, so that no hole remains where a loser stood.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import ndimage
 
-from dendsam_deploy.geometry import Window
-from dendsam_deploy.instances import Instances, RunLengths
+from dendsam_deploy.instances import Instances
 from dendsam_deploy.pipeline.claims import (
     FULL_EVIDENCE,
     Overlaps,
+    bounding,
     claim_from_logits,
     log_odds,
     measure_overlaps,
     specificity,
     suppress_same_masks,
 )
+from dendsam_deploy.pipeline.label_runs import LabelRuns
 from dendsam_deploy.pipeline.stitch import Candidates, stitch_tiles
-from dendsam_deploy.pipeline.upsample import upsample_mask
+from dendsam_deploy.pipeline.upsample import upsample_masks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dendsam_deploy.instances import Detections, Masks
     from dendsam_deploy.pipeline.prepare import TilePlan
-
-_EIGHT_NEIGHBOURS = np.ones((3, 3), bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +102,17 @@ def paint_masks(
     candidates, overlaps = _candidates(detections, masks, plan, options)
     distinct = suppress_same_masks(candidates.areas_px, overlaps, options.same_mask_iou)
     contest = _Contest(candidates.take(distinct), overlaps.among(distinct), plan.frame.slice_hw, options)
-    labels, survivors = contest.settle()
-    for label, claim in enumerate(survivors.claims, start=1):
-        fill_holes(labels[claim.window.slices], label, options.min_area_px)
-    return labels, _instances(labels, survivors)
+    runs, survivors = contest.settle()
+    painted = runs.without_holes(options.min_area_px)
+    return painted.to_image(), _instances(painted, survivors)
 
 
 def _candidates(
     detections: Detections, masks: Masks, plan: TilePlan, options: PaintOptions
 ) -> tuple[Candidates, Overlaps]:
     """Return the masks that are large enough, joined across tiles, the most confident first, and who meets whom."""
-    claims = tuple(
-        claim_from_logits(upsample_mask(masks, index, plan, options.mask_logit), options.mask_logit)
-        for index in range(len(masks))
-    )
+    patches = upsample_masks(masks, plan, options.mask_logit)
+    claims = tuple(claim_from_logits(patch, options.mask_logit) for patch in patches)
     found = Candidates(claims, detections.take(masks.box_index), masks.predicted_iou)
     # Ordered before masks are joined as well: the rounding of their mean scores must not depend on the input's order.
     order = _canonical_order(found)
@@ -159,15 +154,15 @@ class _Contest:
         self._winners = np.zeros(shape_hw, np.int32)
         self._offer(self._alive)
 
-    def settle(self) -> tuple[NDArray[np.uint32], Candidates]:
+    def settle(self) -> tuple[LabelRuns, Candidates]:
         """Compete until nobody loses any more.
 
         It ends because every round but the last takes a claim off or pixels away from one.
 
         Returns
         -------
-        labels : ndarray, shape (Y, X), uint32
-            Survivor ``k`` has the label ``k + 1``.
+        runs : LabelRuns
+            The slice; survivor ``k`` has the label ``k + 1``.
         survivors : Candidates
             Those who kept enough.
         """
@@ -190,8 +185,9 @@ class _Contest:
             moved = changed | self._neighbours(changed)
             self._offer(moved & self._alive)
             unchecked = unchecked | moved
-        number = np.concatenate([[0], np.cumsum(self._alive)]).astype(np.uint32)
-        return number[self._winners], self._candidates.take(self._alive)
+        number = np.concatenate([[0], np.cumsum(self._alive)])
+        runs = LabelRuns.of(self._winners)
+        return replace(runs, labels=number[runs.labels]), self._candidates.take(self._alive)
 
     def _won(self, index: int) -> NDArray[np.bool_]:
         """Return the pixels of a claim's window that it holds."""
@@ -204,11 +200,12 @@ class _Contest:
         for index in np.flatnonzero(who).tolist():
             value_of = (self._strengths[index] + self._options.evidence_weight * evidence).astype(np.float32)
             value_of[0] = -np.inf
-            value = value_of[self._evidence[index]]
+            value = np.take(value_of, self._evidence[index])
             place = self._candidates.claims[index].window.slices
-            better = value > self._best[place]
-            self._best[place][better] = value[better]
-            self._winners[place][better] = index + 1
+            best = self._best[place]
+            better = value > best
+            np.copyto(best, value, where=better)
+            np.copyto(self._winners[place], index + 1, where=better)
 
     def _vacate(self, index: int, pixels: NDArray[np.bool_]) -> None:
         """Take pixels of its window away from a claim, for good."""
@@ -235,15 +232,26 @@ class _Contest:
     def _cut_islands(self, who: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Cut off pieces that are small against the largest piece that a claim won; return which claims had some."""
         had_some = np.zeros_like(who)
-        for index in np.flatnonzero(who).tolist():
-            pieces, count = ndimage.label(self._won(index), _EIGHT_NEIGHBOURS)
-            if count > 1:
-                sizes = np.bincount(pieces.ravel())
-                largest = sizes[1:].max()
-                small = sizes < self._options.least_island_fraction * largest
-                small[0] = False
-                had_some[index] = small.any()
-                self._vacate(index, small[pieces])
+        if not who.any():
+            return had_some
+        around = bounding([self._candidates.claims[index].window for index in np.flatnonzero(who)])
+        runs = LabelRuns.of(self._winners[around.slices])
+        piece = runs.pieces(np.append(False, who)[runs.labels])
+        sizes = np.bincount(piece, runs.lengths_px)
+        owner = np.zeros(len(sizes), np.int64)
+        owner[piece] = runs.labels
+        largest = np.zeros(len(who) + 1)
+        np.maximum.at(largest, owner[1:], sizes[1:])
+        small = sizes < self._options.least_island_fraction * largest[owner]
+        small[0] = False
+        if small.any():
+            had_some[owner[small] - 1] = True
+            islands = np.repeat(small[piece], runs.lengths_px).reshape(runs.shape_hw)
+            for index in np.flatnonzero(had_some).tolist():
+                window = self._candidates.claims[index].window
+                y0, x0 = window.y0 - around.y0, window.x0 - around.x0
+                inside = islands[y0 : y0 + window.height, x0 : x0 + window.width]
+                self._vacate(index, inside & self._won(index))
         return had_some
 
     def _neighbours(self, who: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -254,48 +262,14 @@ class _Contest:
         return found
 
 
-def fill_holes(view: NDArray[np.uint32], label: int, below_px: float) -> None:
-    """Fill, in place, unlabelled holes of fewer than `below_px` pixels that one object alone encloses.
-
-    Parameters
-    ----------
-    view : ndarray, shape (h, w), uint32
-        Labels in a window that holds the whole object.
-    label : int
-        The object.
-    below_px : float
-        Size from which a hole stays.
-    """
-    empty, count = ndimage.label(view == 0)
-    fillable = np.bincount(empty.ravel(), minlength=count + 1) < below_px
-    fillable[0] = False
-    for border in (empty[0], empty[-1], empty[:, 0], empty[:, -1]):
-        fillable[border] = False
-    is_other = (view != 0) & (view != label)
-    for hole, beside in (
-        (empty[:-1], is_other[1:]),
-        (empty[1:], is_other[:-1]),
-        (empty[:, :-1], is_other[:, 1:]),
-        (empty[:, 1:], is_other[:, :-1]),
-    ):
-        fillable[hole[beside]] = False
-    view[fillable[empty]] = label
-
-
-def _instances(labels: NDArray[np.uint32], survivors: Candidates) -> Instances:
+def _instances(painted: LabelRuns, survivors: Candidates) -> Instances:
     """Describe the painted objects; survivor ``k`` has the label ``k + 1``."""
-    runs = []
-    for label, claim in enumerate(survivors.claims, start=1):
-        painted = labels[claim.window.slices] == label
-        rows, columns = (np.nonzero(painted.any(axis=axis))[0] for axis in (1, 0))
-        y0, y1, x0, x1 = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-        window = Window(claim.window.y0 + y0, claim.window.x0 + x0, y1 - y0, x1 - x0)
-        runs.append(RunLengths.from_mask(painted[y0:y1, x0:x1], window))
+    outlines = painted.outlines(len(survivors))
     return Instances(
-        ids=np.arange(1, len(runs) + 1, dtype=np.uint32),
+        ids=np.arange(1, len(outlines) + 1, dtype=np.uint32),
         boxes_xyxy=survivors.detections.boxes_xyxy,
         scores=survivors.detections.scores,
         predicted_iou=survivors.predicted_iou,
-        areas_px=np.array([run.area_px for run in runs], np.int64),
-        run_lengths=tuple(runs),
+        areas_px=np.array([outline.area_px for outline in outlines], np.int64),
+        run_lengths=outlines,
     )

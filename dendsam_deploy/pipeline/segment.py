@@ -17,7 +17,7 @@ from dendsam_deploy.pipeline.detect import DetectOptions, clip_to_slice, detect_
 from dendsam_deploy.pipeline.infer import on_device
 from dendsam_deploy.pipeline.paint import PaintOptions, paint_masks
 from dendsam_deploy.pipeline.prepare import PreparedSlice, TilePlan, plan_tiles, prepare_slice
-from dendsam_deploy.pipeline.upsample import upsample_mask
+from dendsam_deploy.pipeline.upsample import upsample_masks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -212,9 +212,7 @@ def decode_boxes(
         )
     masks = _decode(prepared, session, detections, recipe, StageClock())
     threshold = recipe.paint.mask_logit
-    claims = [
-        claim_from_logits(upsample_mask(masks, index, recipe.plan, threshold), threshold) for index in range(len(masks))
-    ]
+    claims = [claim_from_logits(patch, threshold) for patch in upsample_masks(masks, recipe.plan, threshold)]
     found = []
     for box in range(len(detections)):
         (parts,) = np.nonzero(masks.box_index == box)

@@ -106,15 +106,15 @@ def _area_inside(claim: Claim, window: Window) -> int:
 
 def _join(candidates: Candidates, root: NDArray[np.intp]) -> Candidates:
     """Merge the candidates of equal root into one each."""
-    claims: list[Claim] = []
-    boxes, scores, quality = [], [], []
-    for group in np.unique(root):
-        (members,) = np.nonzero(root == group)
-        parts = candidates.take(members)
-        claims.append(united(parts.claims))
+    roots, sizes = np.unique(root, return_counts=True)
+    kept = candidates.take(roots)
+    claims, quality = list(kept.claims), kept.predicted_iou.copy()
+    boxes, scores = kept.detections.boxes_xyxy.copy(), kept.detections.scores.copy()
+    for row in np.flatnonzero(sizes > 1).tolist():
+        parts = candidates.take(root == roots[row])
+        claims[row] = united(parts.claims)
         corners = parts.detections.boxes_xyxy
-        boxes.append(np.concatenate([corners[:, :2].min(axis=0), corners[:, 2:].max(axis=0)]))
-        scores.append(parts.detections.scores.max())
-        quality.append(np.average(parts.predicted_iou, weights=np.maximum(parts.areas_px, 1)))
-    joined = Detections(np.array(boxes, np.float32), np.array(scores, np.float32))
-    return Candidates(tuple(claims), joined, np.array(quality, np.float32))
+        boxes[row] = np.concatenate([corners[:, :2].min(axis=0), corners[:, 2:].max(axis=0)])
+        scores[row] = parts.detections.scores.max()
+        quality[row] = np.average(parts.predicted_iou, weights=np.maximum(parts.areas_px, 1))
+    return Candidates(tuple(claims), Detections(boxes, scores), quality)

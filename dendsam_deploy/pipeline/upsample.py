@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,8 @@ import numpy as np
 from dendsam_deploy.geometry import LOGIT_STRIDE_PX, Window, bilinear_matrix
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from numpy.typing import NDArray
 
     from dendsam_deploy.instances import Masks
@@ -34,7 +36,12 @@ class LogitWindow:
 
 
 def upsample_mask(masks: Masks, index: int, plan: TilePlan, mask_logit: float) -> LogitWindow:
-    """Interpolate one mask's logits wherever they can exceed a threshold.
+    """Interpolate one mask's logits; see `upsample_masks`."""
+    return next(islice(upsample_masks(masks, plan, mask_logit), index, None))
+
+
+def upsample_masks(masks: Masks, plan: TilePlan, mask_logit: float) -> Iterator[LogitWindow]:
+    """Interpolate the logits of masks wherever they can exceed a threshold.
 
     Interpolation is bilinear between cell centres, without antialiasing; at zoom 1 it equals
     ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`` of the whole S/4 grid, cut to the window.
@@ -45,63 +52,107 @@ def upsample_mask(masks: Masks, index: int, plan: TilePlan, mask_logit: float) -
     ----------
     masks : Masks
         Decoded masks of a slice.
-    index : int
-        Which of them.
     plan : TilePlan
         How the slice was cut.
     mask_logit : float
         The threshold.
+
+    Yields
+    ------
+    LogitWindow
+        One for each mask.
     """
-    tile = plan.tiles[int(masks.tile_index[index])].read
-    logits = masks.logits[index]
-    origin_y, origin_x = masks.origins_yx[index].tolist()
-    above = logits > mask_logit
-    if not above.any():
-        return LogitWindow(Window(0, 0, 0, 0), np.zeros((0, 0), np.float32))
-    rows = _Axis.around(np.any(above, axis=1), origin_y, plan.tile_size_px // LOGIT_STRIDE_PX)
-    columns = _Axis.around(np.any(above, axis=0), origin_x, plan.tile_size_px // LOGIT_STRIDE_PX)
-
-    scale_y, scale_x = plan.frame.scale_yx
-    height, width = plan.frame.slice_hw
-    y0, y1 = rows.pixels(tile.y0, scale_y, height)
-    x0, x1 = columns.pixels(tile.x0, scale_x, width)
-    vertical = rows.matrix(tile.y0, scale_y, y0, y1)
-    horizontal = columns.matrix(tile.x0, scale_x, x0, x1)
-    cells = logits[rows.cells(origin_y), columns.cells(origin_x)]
-    fine = vertical @ cells @ horizontal.T
-    return LogitWindow(Window(y0, x0, y1 - y0, x1 - x0), fine.astype(np.float32, copy=False))
+    if not len(masks):
+        return
+    extents = _extents(masks.logits, mask_logit)
+    corners = np.array([(tile.read.y0, tile.read.x0) for tile in plan.tiles])[masks.tile_index]
+    axes = [_Axis(plan, axis, corners[:, axis], masks.origins_yx[:, axis], extents[:, axis]) for axis in (0, 1)]
+    for index, logits in enumerate(masks.logits):
+        if extents[index, 0, 1] == 0:
+            yield LogitWindow(Window(0, 0, 0, 0), np.zeros((0, 0), np.float32))
+            continue
+        (rows, y0, vertical), (columns, x0, horizontal) = axes[0].cut(index), axes[1].cut(index)
+        fine = vertical @ logits[rows, columns] @ horizontal.T
+        yield LogitWindow(Window(y0, x0, len(vertical), len(horizontal)), fine.astype(np.float32, copy=False))
 
 
-@dataclass(frozen=True, slots=True)
+def _extents(logits: Sequence[NDArray[np.float32]], mask_logit: float) -> NDArray[np.int64]:
+    """Return which cells of each region are interpolated between: those above the threshold and one more on each side.
+
+    Parameters
+    ----------
+    logits : sequence of ndarray, each of shape (side, side), float32
+        Regions.
+    mask_logit : float
+        The threshold.
+
+    Returns
+    -------
+    ndarray, shape (N, 2, 2), int64
+        ``[i, axis]`` is the first cell and the one after the last; 0 and 0 where nothing exceeds the threshold.
+    """
+    extents = np.zeros((len(logits), 2, 2), np.int64)
+    sides = np.array([len(region) for region in logits])
+    for side in np.unique(sides):
+        (alike,) = np.nonzero(sides == side)
+        above = np.stack([logits[index] for index in alike.tolist()]) > np.float32(mask_logit)
+        for axis in (0, 1):
+            hits = np.any(above, axis=2 - axis)
+            last = np.minimum(side - np.argmax(hits[:, ::-1], axis=1) + 1, side)
+            extents[alike, axis, 0] = np.maximum(np.argmax(hits, axis=1) - 1, 0)
+            extents[alike, axis, 1] = np.where(np.any(hits, axis=1), last, 0)
+    return extents
+
+
 class _Axis:
-    """Cells ``first ... last - 1`` of one axis of a tile's S/4 grid of `length` cells."""
+    """One axis of all masks of a slice; those of tiles that begin at one model px share a matrix.
 
-    first: int
-    last: int
-    length: int
+    Parameters
+    ----------
+    plan : TilePlan
+        How the slice was cut.
+    axis : int
+        0 for y, 1 for x.
+    tile_starts : ndarray, shape (N,), int64
+        First model px of each mask's tile.
+    origins : ndarray, shape (N,), int64
+        First cell of each mask's region in its tile.
+    extents : ndarray, shape (N, 2), int64
+        Cells of each region, see `_extents`.
+    """
 
-    @classmethod
-    def around(cls, above: NDArray[np.bool_], origin: int, length: int) -> _Axis:
-        """Return the cells above the threshold and one more on each side, towards which they are interpolated."""
-        (hits,) = np.nonzero(above)
-        first, last = max(int(hits[0]) - 1, 0), min(int(hits[-1]) + 2, len(above))
-        return cls(origin + first, origin + last, length)
+    def __init__(
+        self,
+        plan: TilePlan,
+        axis: int,
+        tile_starts: NDArray[np.int64],
+        origins: NDArray[np.int64],
+        extents: NDArray[np.int64],
+    ) -> None:
+        self._scale, self._limit = plan.frame.scale_yx[axis], plan.frame.slice_hw[axis]
+        self._cells = plan.tile_size_px // LOGIT_STRIDE_PX
+        cells = extents + origins[:, None]
+        self._rows = np.stack([extents, cells, self._pixels(tile_starts, cells)], axis=1).reshape(-1, 6).tolist()
+        self._starts = tile_starts.tolist()
+        self._matrices = {start: self._matrix(start) for start in set(self._starts)}
 
-    def cells(self, origin: int) -> slice:
-        """Return the cells as an index into a region that begins at cell `origin`."""
-        return slice(self.first - origin, self.last - origin)
+    def cut(self, index: int) -> tuple[slice, int, NDArray[np.float32]]:
+        """Return the cells of one mask's region, the first of the slice px there, and the matrix that samples them."""
+        first, last, first_cell, last_cell, low, high = self._rows[index]
+        begin, matrix = self._matrices[self._starts[index]]
+        return slice(first, last), low, matrix[low - begin : high - begin, first_cell:last_cell]
 
-    def pixels(self, tile_start: int, scale: float, limit: int) -> tuple[int, int]:
-        """Return the half-open range of slice px whose centres lie between the outermost known cell centres.
+    def _matrix(self, tile_start: int) -> tuple[int, NDArray[np.float32]]:
+        """Return the first slice px of a tile, and the matrix that samples all its cells at the centres of its px."""
+        ((first, last),) = self._pixels(np.array([tile_start]), np.array([[0, self._cells]])).tolist()
+        centres = (np.arange(first, last, dtype=np.float64) + 0.5) * self._scale - tile_start
+        return first, bilinear_matrix(self._cells, centres, 0, LOGIT_STRIDE_PX)
 
-        `tile_start` is the tile's first model px, `scale` model px per slice px, `limit` the length of the slice.
-        """
-        start = self.first * LOGIT_STRIDE_PX + (LOGIT_STRIDE_PX / 2 if self.first > 0 else 0)
-        stop = self.last * LOGIT_STRIDE_PX - (LOGIT_STRIDE_PX / 2 if self.last < self.length else 0)
-        first, last = (math.ceil((tile_start + edge) / scale - 0.5) for edge in (start, stop))
-        return min(max(first, 0), limit), min(max(last, first, 0), limit)
-
-    def matrix(self, tile_start: int, scale: float, first: int, last: int) -> NDArray[np.float32]:
-        """Return the matrix that samples the cells at the centres of slice px ``first ... last - 1``."""
-        centres = (np.arange(first, last, dtype=np.float64) + 0.5) * scale - tile_start
-        return bilinear_matrix(self.last - self.first, centres, self.first * LOGIT_STRIDE_PX, LOGIT_STRIDE_PX)
+    def _pixels(self, tile_starts: NDArray[np.int64], cells: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the half-open ranges ``(N, 2)`` of slice px whose centres lie between the outermost cell centres."""
+        half = LOGIT_STRIDE_PX / 2
+        start = cells[:, 0] * LOGIT_STRIDE_PX + np.where(cells[:, 0] > 0, half, 0)
+        stop = cells[:, 1] * LOGIT_STRIDE_PX - np.where(cells[:, 1] < self._cells, half, 0)
+        low, high = (np.ceil((tile_starts + edge) / self._scale - 0.5).astype(np.int64) for edge in (start, stop))
+        low, high = np.maximum(low, 0), np.maximum(np.maximum(high, low), 0)
+        return np.minimum(np.stack([low, high], axis=1), self._limit)

@@ -13,7 +13,7 @@ from synthetic_session import ellipse_logits
 from dendsam_deploy.geometry import Frame, Window, tile_grid
 from dendsam_deploy.instances import Detections, Instances, Masks
 from dendsam_deploy.pipeline.claims import Claim, measure_overlaps, specificity, suppress_same_masks
-from dendsam_deploy.pipeline.paint import PaintOptions, fill_holes, paint_masks
+from dendsam_deploy.pipeline.paint import PaintOptions, paint_masks
 from dendsam_deploy.pipeline.prepare import TilePlan
 
 SIZE = 128
@@ -289,30 +289,6 @@ def test_what_a_loser_leaves_is_taken_by_the_next():
     labels, instances = paint_boxes(boxes, [0.8, 0.95], options)
     assert len(instances) == 1
     assert labels[64, 64] == 1
-
-
-def test_small_holes_of_one_object_are_filled_and_gaps_between_objects_are_not():
-    labels = np.zeros((12, 20), np.uint32)
-    labels[1:7, 1:7] = 1
-    labels[3, 3] = 0  # a hole
-    labels[1:7, 10:14] = 2
-    labels[1:7, 14:18] = 3
-    labels[4, 13:15] = 0  # a gap between two objects
-    labels[0, 19] = 0
-    expected = labels.copy()
-    expected[3, 3] = 1
-    for label in (1, 2, 3):
-        fill_holes(labels, label, 4.0)
-    np.testing.assert_array_equal(labels, expected)
-
-
-def test_large_holes_and_bays_at_the_border_stay_open():
-    labels = np.ones((12, 12), np.uint32)
-    labels[2:6, 2:6] = 0
-    labels[0, 8] = 0
-    expected = labels.copy()
-    fill_holes(labels, 1, 16.0)
-    np.testing.assert_array_equal(labels, expected)
 
 
 def rectangle(y0: int, x0: int, height: int, width: int) -> Claim:
