@@ -164,6 +164,10 @@ class Instances:
         return len(self.run_lengths)
 
 
+_BOXES_COMPARED_AT_ONCE = 128
+"""Bounds the memory of the suppression; comparing box by box takes many times longer."""
+
+
 def box_iou(first_xyxy: NDArray[np.float32], second_xyxy: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the intersection over union of every pair of two sets of boxes.
 
@@ -214,15 +218,15 @@ def suppress_duplicates(detections: Detections, iou_limit: float) -> NDArray[np.
     """
     boxes = detections.boxes_xyxy
     order = np.lexsort((boxes[:, 2], boxes[:, 3], boxes[:, 0], boxes[:, 1], -detections.scores))
-    kept: list[int] = []
+    ranked = boxes[order]
     alive = np.ones(len(order), bool)
-    for position, index in enumerate(order):
-        if not alive[position]:
-            continue
-        kept.append(int(index))
-        rest = order[position + 1 :]
-        alive[position + 1 :] &= box_iou(boxes[index][None], boxes[rest])[0] <= iou_limit
-    return np.array(kept, np.intp)
+    for start in range(0, len(order), _BOXES_COMPARED_AT_ONCE):
+        some = ranked[start : start + _BOXES_COMPARED_AT_ONCE]
+        distinct = box_iou(some, ranked[start:]) <= iou_limit
+        for row in range(len(some)):
+            if alive[start + row]:
+                alive[start + row + 1 :] &= distinct[row, row + 1 :]
+    return order[alive]
 
 
 def _check_array(array: NDArray[np.generic], name: str, dtype: type[np.generic], shape: tuple[int | None, ...]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from dendsam_deploy.geometry import region_cells
 from dendsam_deploy.instances import Masks
 from dendsam_deploy.pipeline.infer import infer, tile_batches
-from dendsam_deploy.runtimes.runner import ResidentRunner, share_memory
+from dendsam_deploy.runtimes.runner import keeps_tensors, share_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,14 +57,15 @@ class Embeddings:
     def of_tiles(self, tile_index: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
         """Return embeddings that include those of some tiles, and for each of these its row in them.
 
-        Rows of an array are picked. On a device, where picking would be a graph of its own, the tiles between them come
-        along.
+        Rows of an array are picked where they do not follow each other. On a device, where picking would be a graph of
+        its own, the tiles between them come along.
         """
         tiles, position = np.unique(tile_index, return_inverse=True)
         rows = np.searchsorted(self.tile_index, tiles)
-        if isinstance(self.values, np.ndarray):
+        first, stop = int(rows[0]), int(rows[-1]) + 1
+        if isinstance(self.values, np.ndarray) and stop - first > len(rows):
             return self.values[rows], position.astype(np.int64)
-        return self.values[int(rows[0]) : int(rows[-1]) + 1], (rows[position] - rows[0]).astype(np.int64)
+        return self.values[first:stop], (rows[position] - first).astype(np.int64)
 
 
 def encode_tiles(
@@ -86,7 +87,7 @@ def encode_tiles(
     wanted = np.unique(tile_index)
     batches = list(tile_batches(wanted, encoder))
     inputs = (prepared.tile_inputs(int(wanted[rows][0]), len(wanted[rows])) for rows in batches)
-    if isinstance(encoder, ResidentRunner) and share_memory(encoder, decoder):
+    if keeps_tensors(encoder) and share_memory(encoder, decoder):
         room = encoder.allocate("embeddings", len(wanted))
         for rows, tensors in zip(batches, inputs, strict=True):
             encoder.run_into(tensors, {"embeddings": room[rows]})
@@ -104,7 +105,7 @@ class BoxDecoder:
     @property
     def boxes_per_batch(self) -> int:
         """Most boxes of one call."""
-        return self.runner.rows_per_call if isinstance(self.runner, ResidentRunner) else self.options.boxes_per_batch
+        return self.runner.rows_per_call if keeps_tensors(self.runner) else self.options.boxes_per_batch
 
     def batches(
         self, boxes_xyxy: NDArray[np.float32], tile_index: NDArray[np.int64]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dendsam_deploy.errors import ParityError
-from dendsam_deploy.runtimes.runner import ResidentRunner, share_memory
+from dendsam_deploy.runtimes.runner import keeps_tensors, share_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ def infer(runner: Runner, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[np.
         Where an output holds NaN or infinity. Comparisons with NaN are false, so it would look like "no objects here".
     """
     wanted = {tensor.name: inputs[tensor.name] for tensor in runner.spec.inputs}
-    if isinstance(runner, ResidentRunner):
+    if keeps_tensors(runner):
         outputs = runner.run(wanted)
     else:
         outputs = runner.run({name: on_host(values) for name, values in wanted.items()})
@@ -52,7 +52,7 @@ def on_host(tensor: Tensor) -> NDArray[np.generic]:
 def on_device(prepared: PreparedSlice, *runners: Runner) -> PreparedSlice:
     """Upload the tiles of a slice where several runners can share them; elsewhere return the slice as it is."""
     first = runners[0]
-    if share_memory(*runners) and isinstance(first, ResidentRunner):
+    if share_memory(*runners) and keeps_tensors(first):
         return replace(prepared, tiles=first.upload(on_host(prepared.tiles)))
     return prepared
 
@@ -69,7 +69,7 @@ def tile_batches(tile_index: NDArray[np.int64], runner: Runner) -> Iterator[slic
     runner : Runner
         What they are for.
     """
-    most = runner.rows_per_call if isinstance(runner, ResidentRunner) else 1
+    most = runner.rows_per_call if keeps_tensors(runner) else 1
     start = 0
     for stop in range(1, len(tile_index) + 1):
         is_gap = stop < len(tile_index) and tile_index[stop] != tile_index[stop - 1] + 1

@@ -6,7 +6,7 @@ that tiles go up once, embeddings never come down, and the decoder's regions are
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeGuard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -86,7 +86,6 @@ Tensor: TypeAlias = "NDArray[np.generic] | Resident"
 """What a graph takes: an array of the host, or what a runner of the same engine and device holds."""
 
 
-@runtime_checkable
 class ResidentRunner(Runner, Protocol):
     """A runner that can leave tensors on its device and take them from there.
 
@@ -115,10 +114,15 @@ class ResidentRunner(Runner, Protocol):
         ...
 
 
-def share_memory(*runners: Runner | None) -> bool:
+def keeps_tensors(runner: Runner) -> TypeGuard[ResidentRunner]:
+    """Tell whether a runner can leave tensors on its device."""
+    return hasattr(runner, "run_into")
+
+
+def share_memory(*runners: Runner) -> bool:
     """Tell whether tensors can pass between runners without leaving the device."""
-    places = {(runner.engine, runner.device) for runner in runners if runner is not None}
-    return len(places) == 1 and all(isinstance(runner, ResidentRunner) for runner in runners)
+    places = {(runner.engine, runner.device) for runner in runners}
+    return len(places) == 1 and all(map(keeps_tensors, runners))
 
 
 class CallableRunner:

@@ -14,7 +14,7 @@ from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError
 from dendsam_deploy.runtimes import portable
 from dendsam_deploy.runtimes.portable import OnnxRunner, RunnerOptions
 from dendsam_deploy.runtimes.portable_binding import BoundRunner, DeviceTensor, portable_runner
-from dendsam_deploy.runtimes.runner import ResidentRunner, share_memory
+from dendsam_deploy.runtimes.runner import keeps_tensors, share_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -160,8 +160,8 @@ def test_memory_that_is_not_there_is_a_missing_capability(double: BoundRunner):
 
 def test_only_bound_runners_share_memory(double_file: Path, double: BoundRunner, pick: BoundRunner):
     plain = OnnxRunner(double_file, DOUBLE, RunnerOptions(threads=1))
-    assert isinstance(double, ResidentRunner)
-    assert not isinstance(plain, ResidentRunner)
+    assert keeps_tensors(double)
+    assert not keeps_tensors(plain)
     assert share_memory(double, pick)
     assert not share_memory(double, plain)
     assert double.rows_per_call > 1
