@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from dendsam_deploy.evaluate.findings import (
     max_over_std,
     not_finite,
     relative_max,
+    relative_rms,
+    rms_over_std,
     run_graph,
 )
 from dendsam_deploy.geometry import cut_regions, region_origins
@@ -24,76 +26,85 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from dendsam_deploy.bundle.manifest import Decoding
     from dendsam_deploy.bundle.reference import ReferenceInputs, SamOutputs
     from dendsam_deploy.runtimes.runner import Runner
-    from dendsam_deploy.runtimes.session import Session
 
 
-def encode(encoder: Runner, inputs: ReferenceInputs) -> NDArray[np.float32]:
-    """Return the embeddings of the tiles, encoded one at a time as in the pipeline."""
-    encoded = [
-        run_graph(encoder, {"tiles": inputs.tiles[i : i + 1], "sizes": inputs.sizes[i : i + 1]})["embeddings"]
-        for i in range(len(inputs.tiles))
+def encode(encoder: Runner, inputs: ReferenceInputs) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Encode the tiles.
+
+    Returns
+    -------
+    together, last : ndarray, shapes (T, 256, S/16, S/16) and (1, 256, S/16, S/16), float32
+        All tiles from one call, and the last one, which is padded, from a call of its own: a graph that mixes the
+        tiles of a batch up shows in the first, one that fails on a single tile in the second.
+    """
+    last = len(inputs.tiles) - 1
+    calls = [
+        run_graph(encoder, {"tiles": inputs.tiles[first:], "sizes": inputs.sizes[first:]})["embeddings"]
+        for first in (0, last)
     ]
-    return np.concatenate(encoded).astype(np.float32, copy=False)
+    together, alone = (embeddings.astype(np.float32, copy=False) for embeddings in calls)
+    return together, alone
 
 
 def compare_embeddings(
-    embeddings: NDArray[np.float32], expected: NDArray[np.float32], inputs: ReferenceInputs
+    embeddings: NDArray[np.float32], expected: NDArray[np.float32], inputs: ReferenceInputs, detail: str
 ) -> Iterator[Finding]:
-    """Compare embeddings of whole tiles (level 2) and of padded ones, where preprocessing shows (level 1)."""
-    padded = (inputs.sizes < inputs.tiles.shape[1]).any(axis=1)
+    """Compare embeddings of whole tiles (level 2) and of padded ones, where preprocessing shows (level 1).
+
+    Parameters
+    ----------
+    embeddings : ndarray, shape (K, 256, S/16, S/16), float32
+        Of the last K tiles.
+    expected : ndarray, shape (T, 256, S/16, S/16), float32
+        The reference's, of all tiles.
+    inputs : ReferenceInputs
+        The tiles.
+    detail : str
+        What tells these findings apart from others of the same metrics.
+    """
+    yield Finding(2, "encoder", "wrong_shapes", embeddings.shape[1:] != expected.shape[1:], detail)
+    if embeddings.shape[1:] != expected.shape[1:]:
+        return
+    expected, sizes = expected[-len(embeddings) :], inputs.sizes[-len(embeddings) :]
+    padded = (sizes < inputs.tiles.shape[1]).any(axis=1)
     for is_padded, level, metric in ((True, 1, "padded_tile_relative_max"), (False, 2, "embedding_relative_max")):
         of_kind = padded == is_padded
         if of_kind.any():
-            yield Finding(level, "encoder", metric, relative_max(embeddings[of_kind], expected[of_kind]))
-    yield Finding(2, "encoder", "embedding_cosine", lowest_cosine(embeddings, expected))
-    yield Finding(2, "encoder", "not_finite", not_finite(embeddings))
+            yield Finding(level, "encoder", metric, relative_max(embeddings[of_kind], expected[of_kind]), detail)
+    yield Finding(2, "encoder", "embedding_relative_rms", relative_rms(embeddings, expected), detail)
+    yield Finding(2, "encoder", "embedding_cosine", lowest_cosine(embeddings, expected), detail)
+    yield Finding(2, "encoder", "not_finite", not_finite(embeddings), detail)
 
 
 def compare_logits(
-    session: Session, inputs: ReferenceInputs, expected: SamOutputs, box_counts: tuple[int, ...]
+    decoder: Runner, inputs: ReferenceInputs, expected: SamOutputs, decoding: Decoding, box_counts: tuple[int, ...]
 ) -> Iterator[Finding]:
     """Compare the decoder, fed the reference's embeddings, for several numbers of boxes and every region (level 2)."""
     cells = expected.embeddings.shape[-1]
     calls = [(count, cells, f"boxes={count}") for count in box_counts]
-    calls += [(len(inputs.boxes), region, f"region={region}") for region in session.manifest.decoding.region_sizes[:-1]]
+    calls += [(len(inputs.boxes), region, f"region={region}") for region in decoding.region_sizes[:-1]]
     for count, region, detail in calls:
         some = _first(inputs, count)
-        outputs = _decode(session.decoder, expected.embeddings, some, region)
-        yield from _compare_decoded(outputs, expected, region, detail)
-        differing = (outputs["origin"] != region_origins(some.boxes, region, cells)).any(axis=1)
-        yield Finding(2, "decoder", "origins_differing", count_true(differing), detail)
-    empty = _decode(session.decoder, expected.embeddings, _first(inputs, 0), cells)
-    shapes = {"logits": (0, 4 * cells, 4 * cells), "origin": (0, 2), "iou": (0,)}
-    wrong = sum(empty[name].shape != shape for name, shape in shapes.items())
-    yield Finding(2, "decoder", "wrong_shapes", wrong, "boxes=0")
+        outputs = decode(decoder, expected.embeddings, some, region)
+        yield from _compare_decoded(outputs, some, expected, region, detail)
+    empty = decode(decoder, expected.embeddings, _first(inputs, 0), cells)
+    yield Finding(2, "decoder", "wrong_shapes", _wrong_shapes(empty, 0, cells), "boxes=0")
 
 
 def compare_end_to_end(
-    session: Session, embeddings: NDArray[np.float32], inputs: ReferenceInputs, expected: SamOutputs
+    decoder: Runner, embeddings: NDArray[np.float32], inputs: ReferenceInputs, expected: SamOutputs
 ) -> Iterator[Finding]:
     """Compare logits from the deployed encoder and decoder together (level 2)."""
-    cells = expected.embeddings.shape[-1]
-    outputs = _decode(session.decoder, embeddings, inputs, cells)
-    value = max_over_std(cast("NDArray[np.float32]", outputs["logits"]), expected.logits)
+    outputs = decode(decoder, embeddings, inputs, expected.embeddings.shape[-1])
+    logits = outputs["logits"].astype(np.float32)
+    value = max_over_std(logits, expected.logits) if logits.shape == expected.logits.shape else np.nan
     yield Finding(2, "chain", "end_to_end_logits_max_over_std", value)
 
 
-def _compare_decoded(
-    outputs: dict[str, NDArray[np.generic]], expected: SamOutputs, region: int, detail: str
-) -> Iterator[Finding]:
-    """Compare one call of the decoder with the reference's whole masks, cut where the decoder says."""
-    count = len(outputs["origin"])
-    origin = np.clip(outputs["origin"].astype(np.int64), 0, expected.logits.shape[1] - 4 * region)
-    wanted = cut_regions(expected.logits[:count], origin, region)
-    logits, iou = outputs["logits"].astype(np.float32), outputs["iou"].astype(np.float32)
-    yield Finding(2, "decoder", "logits_max_over_std", max_over_std(logits, wanted), detail)
-    yield Finding(2, "decoder", "predicted_iou_max_difference", largest_difference(iou, expected.iou[:count]), detail)
-    yield Finding(2, "decoder", "not_finite", not_finite(logits) + not_finite(iou), detail)
-
-
-def _decode(
+def decode(
     decoder: Runner, embeddings: NDArray[np.float32], inputs: ReferenceInputs, region: int
 ) -> dict[str, NDArray[np.generic]]:
     """Decode the boxes of the inputs in one call."""
@@ -106,6 +117,33 @@ def _decode(
             "region": np.array([region], np.int64),
         },
     )
+
+
+def _compare_decoded(
+    outputs: dict[str, NDArray[np.generic]], inputs: ReferenceInputs, expected: SamOutputs, region: int, detail: str
+) -> Iterator[Finding]:
+    """Compare one call of the decoder with the reference's whole masks, cut where the decoder says."""
+    count, cells = len(inputs.boxes), expected.embeddings.shape[-1]
+    wrong = _wrong_shapes(outputs, count, region)
+    yield Finding(2, "decoder", "wrong_shapes", wrong, detail)
+    if wrong:
+        return
+    claimed = outputs["origin"].astype(np.int64)
+    differing = (claimed != region_origins(inputs.boxes, region, cells)).any(axis=1)
+    yield Finding(2, "decoder", "origins_differing", count_true(differing), detail)
+    origin = np.clip(claimed, 0, expected.logits.shape[1] - 4 * region)
+    wanted = cut_regions(expected.logits[:count], origin, region)
+    logits, iou = outputs["logits"].astype(np.float32), outputs["iou"].astype(np.float32)
+    yield Finding(2, "decoder", "logits_max_over_std", max_over_std(logits, wanted), detail)
+    yield Finding(2, "decoder", "logits_rms_over_std", rms_over_std(logits, wanted), detail)
+    yield Finding(2, "decoder", "predicted_iou_max_difference", largest_difference(iou, expected.iou[:count]), detail)
+    yield Finding(2, "decoder", "not_finite", not_finite(logits) + not_finite(iou), detail)
+
+
+def _wrong_shapes(outputs: dict[str, NDArray[np.generic]], count: int, region: int) -> int:
+    """Count the outputs whose shape is not the contract's."""
+    shapes = {"logits": (count, 4 * region, 4 * region), "origin": (count, 2), "iou": (count,)}
+    return sum(outputs[name].shape != shape for name, shape in shapes.items())
 
 
 def _first(inputs: ReferenceInputs, count: int) -> ReferenceInputs:

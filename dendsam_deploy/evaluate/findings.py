@@ -42,6 +42,21 @@ def max_over_std(value: NDArray[np.float32], expected: NDArray[np.float32]) -> f
     return largest_difference(value, expected) / max(float(expected.std()), _TINY)
 
 
+def relative_rms(value: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Return the root mean square of the difference over that of what was expected; of several tiles, the highest."""
+    a, b = (array.reshape(len(array), -1).astype(np.float64) for array in (value, expected))
+    with np.errstate(invalid="ignore", over="ignore"):
+        rms = np.linalg.norm(a - b, axis=1) / np.maximum(np.linalg.norm(b, axis=1), _TINY)
+    return float(rms.max())
+
+
+def rms_over_std(value: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Return the root mean square of the difference over the standard deviation of what was expected."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        rms = np.sqrt(np.square(value.astype(np.float64) - expected).mean())
+    return float(rms) / max(float(expected.std()), _TINY)
+
+
 def lowest_cosine(value: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     """Return the lowest cosine between corresponding tiles."""
     a, b = (array.reshape(len(array), -1).astype(np.float64) for array in (value, expected))

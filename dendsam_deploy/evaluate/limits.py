@@ -57,10 +57,26 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             "normalisation and padding as the network sees them",
             "at most", fp32=1e-4, half=None, int8=None,
         ),
+        "drawn_objects_lost": Metric(
+            "rectangles drawn on a slice that the pipeline does not paint where they were, or paints too many of, with "
+            "graphs that find what is bright",
+            "at most", fp32=0, half=0, int8=0,
+        ),
+        "drawn_objects_shift_px": Metric(
+            "model px by which such rectangles are painted beside where they were drawn, mean of all",
+            "at most", fp32=0.1, half=0.1, int8=0.1,
+        ),
         # Level 2: tensors
+        "calls_refused": Metric(
+            "calls with inputs of the contract that a graph refuses", "at most", fp32=0, half=0, int8=0
+        ),
         "embedding_relative_max": Metric(
             "largest difference of an embedding over the largest magnitude of the reference",
             "at most", fp32=1e-4, half=None, int8=None,
+        ),
+        "embedding_relative_rms": Metric(
+            "root mean square of the difference of an embedding over that of the reference, the highest of all tiles",
+            "at most", fp32=2e-5, half=0.05, int8=0.2,
         ),
         "embedding_cosine": Metric(
             "cosine between a tile's embedding and the reference, the lowest of all tiles",
@@ -69,6 +85,10 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "logits_max_over_std": Metric(
             "largest difference of mask logits, from reference embeddings, over the reference's standard deviation",
             "at most", fp32=1e-3, half=None, int8=None,
+        ),
+        "logits_rms_over_std": Metric(
+            "root mean square of the same difference, over the same standard deviation",
+            "at most", fp32=1e-4, half=0.05, int8=0.2,
         ),
         "end_to_end_logits_max_over_std": Metric(
             "the same from the deployed encoder's own embeddings",
@@ -101,6 +121,15 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             "largest difference of score between counterparts",
             "at most", fp32=1e-3, half=0.02, int8=0.1,
         ),
+        "candidates_missing": Metric(
+            "candidates of a tile that the detector returned when the bundle was exported and no longer does",
+            "at most", fp32=0, half=0, int8=0,
+        ),
+        "detections_unmatched": Metric(
+            "share of the objects that are left after non-maximum suppression, of either side, without a counterpart "
+            "of IoU >= .5, one to one",
+            "at most", fp32=0, half=0.1, int8=0.2,
+        ),
         # Level 4: masks, end to end, on the pixels of the tile
         "mask_iou_mean": Metric(
             "IoU of a box's mask with the reference mask inside the box's region, mean over all boxes; pixels within "
@@ -121,6 +150,36 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             "share of the reference masks' pixels that lie outside the regions that the decoder evaluates",
             "at most", fp32=None, half=None, int8=None,
         ),
+        "cut_by_region": Metric(
+            "share of a reference mask that lies outside its region, the highest of all masks that lie to four fifths "
+            "in their boxes",
+            "at most", fp32=0.01, half=0.01, int8=0.01,
+        ),
+        # Level 5: instances, painted on the pixels of each tile
+        "instances_compared": Metric(
+            "objects painted from the reference's masks of the reference's boxes",
+            "at least", fp32=None, half=None, int8=None,
+        ),
+        "instances_pq50": Metric(
+            "panoptic quality at IoU .5 of the deployed chain's labels, those of the reference taken for the truth",
+            "at least", fp32=0.999, half=0.95, int8=0.9,
+        ),
+        "instances_pq90": Metric("the same at IoU .9", "at least", fp32=0.999, half=0.9, int8=0.8),
+        "instances_vi_split": Metric(
+            "variation of information between the two, bits: objects that the deployed chain cuts",
+            "at most", fp32=0.01, half=0.1, int8=0.2,
+        ),
+        "instances_vi_merge": Metric("the same: objects that it joins", "at most", fp32=0.01, half=0.1, int8=0.2),
+        "detected_compared": Metric(
+            "objects painted from the reference's masks of what the reference's detector is sure of",
+            "at least", fp32=None, half=None, int8=None,
+        ),
+        "detected_pq50": Metric(
+            "as `instances_pq50`, from each side's own detections", "at least", fp32=0.999, half=0.9, int8=0.8
+        ),
+        "detected_pq90": Metric("as `instances_pq90`, likewise", "at least", fp32=0.999, half=0.8, int8=0.7),
+        "detected_vi_split": Metric("as `instances_vi_split`, likewise", "at most", fp32=0.01, half=0.2, int8=0.4),
+        "detected_vi_merge": Metric("as `instances_vi_merge`, likewise", "at most", fp32=0.01, half=0.2, int8=0.4),
     }
 )  # fmt: skip
 """Every number that `verify` reports."""

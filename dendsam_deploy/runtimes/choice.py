@@ -139,8 +139,13 @@ def choose(
             refusals[place] = why_not(*place)
         if refusals[place] is None:
             return Choice(combination, combination in proven, _reason(combination, ranked, parity, timings_ms))
+    raise nothing_works(bundle, refusals)
+
+
+def nothing_works(bundle: Bundle, refusals: Mapping[tuple[str, str], str | None]) -> MissingCapabilityError:
+    """Return the error that gives the reason of every engine and device."""
     listed = "; ".join(f"{engine} on {device}: {reason}" for (engine, device), reason in refusals.items())
-    raise MissingCapabilityError(f"nothing here runs {bundle.path}: {listed}; see `dendsam-deploy doctor`")
+    return MissingCapabilityError(f"nothing here runs {bundle.path}: {listed}; see `dendsam-deploy doctor`")
 
 
 def _ranked(proven: Sequence[Combination], timings_ms: Timings) -> list[Combination]:

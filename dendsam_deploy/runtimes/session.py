@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from dendsam_deploy.progress import ProgressCallback, no_progress
-from dendsam_deploy.runtimes.choice import Choice, choose, combinations_on_offer
+from dendsam_deploy.runtimes.choice import Choice, choose, combinations_on_offer, nothing_works
 from dendsam_deploy.runtimes.probe import why_not
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.bundle.bundle import Bundle
     from dendsam_deploy.bundle.manifest import GraphSpec, Manifest, Precision, Role
+    from dendsam_deploy.bundle.parity import Combination
     from dendsam_deploy.runtimes.runner import Runner
 
 
@@ -154,6 +155,32 @@ def open_session(bundle: Bundle, options: SessionOptions) -> Session:
     else:
         choice = choose(bundle, offered, lambda engine, device: why_not(ENGINES[engine], device, options), {})
     return session_on(bundle, choice, options)
+
+
+def runnable_combinations(bundle: Bundle, options: SessionOptions) -> tuple[Combination, ...]:
+    """Return every combination that a bundle has graphs for and whose engine works on this machine.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        The graphs.
+    options : SessionOptions
+        Wishes.
+
+    Raises
+    ------
+    InvalidArgumentError
+        For an engine, device or precision that does not exist.
+    MissingCapabilityError
+        For one that exists, but not on this machine or in this bundle.
+    """
+    offered = combinations_on_offer(bundle.manifest, options, tuple(ENGINES))
+    places = dict.fromkeys((engine, device) for engine, device, _ in offered)
+    refusals = {(engine, device): why_not(ENGINES[engine], device, options) for engine, device in places}
+    found = tuple(c for c in offered if refusals[c.engine, c.device] is None)
+    if not found:
+        raise nothing_works(bundle, refusals)
+    return found
 
 
 def session_on(bundle: Bundle, choice: Choice, options: SessionOptions) -> Session:
