@@ -1,0 +1,50 @@
+"""What the tests on an NVIDIA GPU share. One line runs them on a workstation: ``pytest -m cuda -rs``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from dendsam_deploy.runtimes.probe import why_not
+from dendsam_deploy.runtimes.session import ENGINES, SessionOptions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def device_of(engine: str) -> str:
+    """Return the GPU on which an engine works here; where it does not, skip the test and say why."""
+    reason = why_not(ENGINES[engine], "cuda:0", SessionOptions())
+    if reason is not None:
+        pytest.skip(f"engine {engine}: {reason}")
+    return "cuda:0"
+
+
+@pytest.fixture(scope="session")
+def requires_cuda() -> str:
+    """A GPU that ONNX Runtime can use."""
+    return device_of("onnxruntime")
+
+
+@pytest.fixture(scope="session")
+def trained_bundle(requires_cuda: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packaged weights, which know what a dendrite is, exported once for all tests; do not write into it."""
+    from dendsam_deploy.export.bundle import export_bundle  # noqa: PLC0415 - loads torch, which a skipped test needs not
+    from dendsam_deploy.export.options import ExportOptions  # noqa: PLC0415
+    from dendsam_deploy.weights import PACKAGED_DETECTOR, PACKAGED_SAM  # noqa: PLC0415
+
+    folder = tmp_path_factory.mktemp("cuda") / "trained"
+    return export_bundle(ExportOptions(PACKAGED_SAM, folder, PACKAGED_DETECTOR))
+
+
+@pytest.fixture(scope="session")
+def phantom(requires_cuda: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stack of six synthetic slices of several tiles each."""
+    import tifffile  # noqa: PLC0415
+
+    from dendsam_deploy.volume.phantom import PhantomOptions, make_phantom  # noqa: PLC0415
+
+    path = tmp_path_factory.mktemp("phantom") / "raw.tif"
+    tifffile.imwrite(path, make_phantom(PhantomOptions((6, 512, 512), 7)).raw, metadata={"axes": "ZYX"})
+    return path
