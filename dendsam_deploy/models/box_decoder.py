@@ -137,8 +137,9 @@ class BoxDecoderGraph(nn.Module):
     def region_origin(self, boxes: Tensor, side: Tensor) -> Tensor:
         """Return the first cell ``(n, 2)``, (y, x), of the region of `side` embedding cells centred on each box."""
         centre_xy = (boxes[:, :2] + boxes[:, 2:]) / (2 * EMBEDDING_STRIDE_PX)
-        first = torch.floor(centre_xy.flip(1) - side / 2 + 0.5).to(torch.int64)
-        return torch.minimum(torch.clamp(first, min=0), self.grid - side)
+        # Clamped before it is an integer: TensorRT has no clamp for those.
+        first = torch.clamp(torch.floor(centre_xy.flip(1) - side / 2 + 0.5), min=0).to(torch.int64)
+        return torch.minimum(first, self.grid - side)
 
     def region_tokens(self, image: Tensor, origin: Tensor, offsets: Tensor) -> Tensor:
         """Pick the image tokens ``(n, r, r, C)`` of each region out of ``(n, P, C)``; `offsets` is ``arange(r)``."""

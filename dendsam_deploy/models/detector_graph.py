@@ -86,7 +86,7 @@ class DetectorGraph(nn.Module):
         scores : Tensor, shape (b, k), float32
             Descending.
         """
-        image = tiles[:, None].float() / 255
+        image = tiles.float()[:, None] / 255  # converted first: TensorRT does nothing else with uint8
         if self.input_size_px != self.tile_size_px:
             size = (self.input_size_px, self.input_size_px)
             image = functional.interpolate(image, size, mode="bilinear", align_corners=False)

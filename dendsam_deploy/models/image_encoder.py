@@ -44,8 +44,8 @@ class ImageEncoderGraph(nn.Module):
         -------
         Tensor, shape (b, 256, S/16, S/16), float32
         """
-        # Three equal channels, as SAM treats a grey image.
-        image = (tiles[:, None].to(torch.float32) - self.mean) / self.std
+        # Three equal channels, as SAM treats a grey image. Converted first: TensorRT does nothing else with uint8.
+        image = (tiles.to(torch.float32)[:, None] - self.mean) / self.std
         position = torch.arange(tiles.shape[-1], device=tiles.device)
         inside_y = position < sizes[:, :1]
         inside_x = position < sizes[:, 1:]
