@@ -27,6 +27,7 @@ _REMEDIES: Mapping[tuple[str, str], str] = MappingProxyType(
     {
         ("cpu", "onnxruntime"): f"pip install -U {_PACKAGE}",
         ("cuda", "onnxruntime"): "pip install 'onnxruntime-gpu[cuda,cudnn]'",
+        ("cuda", "onnxruntime+tensorrt"): "pip install 'onnxruntime-gpu[cuda,cudnn]' 'tensorrt<11'",
         ("cpu", "openvino"): f"pip install '{_PACKAGE}[openvino]'",
         ("cuda", "tensorrt"): f"pip install '{_PACKAGE}[tensorrt]'",
         ("cpu", "torch"): f"pip install '{_PACKAGE}[train]'",

@@ -26,11 +26,15 @@ PLACES = (
     ("cuda", "tensorrt"),
     ("cuda", "torch"),
     ("cuda", "onnxruntime"),
+    ("cuda", "onnxruntime+tensorrt"),
     ("cpu", "openvino"),
     ("cpu", "onnxruntime"),
     ("cpu", "torch"),
 )
 """Which engine runs on which kind of device, the preferred one first: what decides where nothing was measured."""
+
+_ONLY_ON_REQUEST = frozenset({"onnxruntime+tensorrt"})
+"""It compiles every graph anew in every session, which takes minutes; ``tensorrt`` does so once."""
 
 _FASTEST_FIRST: Mapping[str, tuple[Precision, ...]] = {
     "cuda": ("bf16", "fp16", "fp32", "int8"),
@@ -90,7 +94,7 @@ def combinations_on_offer(
     offered = tuple(
         Combination(engine, devices[kind], precision)
         for kind, engine in PLACES
-        if kind in devices and engine in engines and wishes.engine in ("auto", engine)
+        if kind in devices and engine in engines and _is_wished(engine, wishes)
         for precision in _FASTEST_FIRST[kind]
         if precision in precisions
     )
@@ -101,6 +105,11 @@ def combinations_on_offer(
             "engine"
         )
     return offered
+
+
+def _is_wished(engine: str, wishes: SessionOptions) -> bool:
+    """Tell whether wishes allow an engine."""
+    return wishes.engine == engine or (wishes.engine == "auto" and engine not in _ONLY_ON_REQUEST)
 
 
 def choose(

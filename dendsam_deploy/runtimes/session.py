@@ -229,6 +229,14 @@ def _portable_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Ru
     return portable_runner(path, spec, RunnerOptions(options.device, options.threads))
 
 
+def _planned_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Runner:
+    """Return a runner on ONNX Runtime's TensorRT provider."""
+    from dendsam_deploy.runtimes.portable import RunnerOptions  # noqa: PLC0415  (see above)
+    from dendsam_deploy.runtimes.portable_binding import portable_runner  # noqa: PLC0415
+
+    return portable_runner(path, spec, RunnerOptions(options.device, options.threads, provider="tensorrt"))
+
+
 def _compiled_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Runner:
     """Return a runner on OpenVINO, which is an extra."""
     from dendsam_deploy.runtimes.compiled_cpu import CompiledRunner  # noqa: PLC0415  (see above)
@@ -244,6 +252,11 @@ def _engine_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Runn
 
 
 ENGINES: Mapping[str, RunnerMaker] = MappingProxyType(
-    {"onnxruntime": _portable_runner, "openvino": _compiled_runner, "tensorrt": _engine_runner}
+    {
+        "onnxruntime": _portable_runner,
+        "onnxruntime+tensorrt": _planned_runner,
+        "openvino": _compiled_runner,
+        "tensorrt": _engine_runner,
+    }
 )
 """Engines by name. A new engine is one file with a runner, one row here, and one in `choice.PLACES`."""

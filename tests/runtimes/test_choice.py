@@ -81,6 +81,15 @@ def test_a_role_without_any_usable_graph_rules_a_precision_out():
         combinations_on_offer(manifest, SessionOptions(precision="fp32"), EVERY)
 
 
+def test_an_engine_that_compiles_in_every_session_is_only_taken_on_request():
+    manifest = a_manifest(encoder=("fp32",))
+    assert "onnxruntime+tensorrt" not in {c.engine for c in combinations_on_offer(manifest, SessionOptions(), EVERY)}
+    (only,) = combinations_on_offer(manifest, SessionOptions("onnxruntime+tensorrt"), EVERY)
+    assert only == Combination("onnxruntime+tensorrt", "cuda:0", "fp32")
+    with pytest.raises(MissingCapabilityError, match="runs on cuda"):
+        combinations_on_offer(manifest, SessionOptions("onnxruntime+tensorrt", "cpu"), EVERY)
+
+
 @pytest.mark.parametrize("device", ["tpu", "cuda:", "cuda:x", "CPU", ""])
 def test_a_device_that_does_not_exist_is_refused(device):
     with pytest.raises(InvalidArgumentError, match="choose cpu, cuda or cuda:N"):
