@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dendsam_deploy.bundle.manifest import GraphSpec
+    from dendsam_deploy.bundle.manifest import GraphSpec, Precision
 
 ENGINE = "onnxruntime"
 """Name of this engine, as on the command line."""
@@ -158,7 +158,7 @@ class OnnxRunner:
             session = onnxruntime.InferenceSession(
                 self._path,
                 sess_options=options,
-                providers=_providers(self.device, self._options.provider),
+                providers=_providers(self.device, self._options.provider, self.spec.precision),
                 enable_fallback=0,  # it would print a notice and go on with the CPU
             )
         except (native.EPFail, RuntimeError) as error:
@@ -224,7 +224,7 @@ def canonical_device(device: str, provider: Provider = "cuda") -> str:
     return f"cuda:{int(match[1] or 0)}"
 
 
-def _providers(device: str, provider: Provider) -> list[tuple[str, dict[str, str]]]:
+def _providers(device: str, provider: Provider, precision: Precision) -> list[tuple[str, dict[str, str]]]:
     """Return the provider chain of a device; the CPU is always last because some shape arithmetic runs nowhere else."""
     if device == "cpu":
         return [(_CPU, {})]
@@ -237,7 +237,11 @@ def _providers(device: str, provider: Provider) -> list[tuple[str, dict[str, str
         "use_tf32": "0",  # fp32 means fp32; what may be coarser is exported at another precision
     }
     chain = [(_PROVIDERS["cuda"], cuda), (_CPU, {})]
-    return [(_PROVIDERS["tensorrt"], index), *chain] if provider == "tensorrt" else chain
+    if provider == "cuda":
+        return chain
+    # The precision stands in the graph, but this provider declares it to TensorRT a second time.
+    typed = {} if precision == "fp32" else {f"trt_{precision}_enable": "1"}
+    return [(_PROVIDERS["tensorrt"], index | typed), *chain]
 
 
 def _check_provider(have: Sequence[str], device: str, provider: Provider) -> None:

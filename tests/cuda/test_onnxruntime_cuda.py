@@ -173,3 +173,20 @@ def test_a_gpu_that_cannot_be_reached_is_exit_code_3_and_never_the_cpu(
     assert "cuda" in done.stderr
     assert done.stdout == ""
     assert not (tmp_path / "out" / "labels.tif").exists()
+
+
+def test_the_tensorrt_provider_runs_the_graphs_or_names_what_it_misses(
+    trained_bundle: Path, on_cpu: Session, requires_cuda: str
+):
+    """It needs another library than the CUDA provider, and is never replaced by that."""
+    wishes = SessionOptions(engine="onnxruntime+tensorrt", device=requires_cuda, precision="fp32")
+    tile = {"tiles": np.random.default_rng(0).integers(0, 256, (1, 512, 512), np.uint8), "sizes": np.full((1, 2), 512)}
+    try:
+        with open_session(Bundle.open(trained_bundle), wishes).encoder as encoder:
+            assert encoder.engine == "onnxruntime+tensorrt"
+            found = encoder.run(tile)["embeddings"]
+    except MissingCapabilityError as error:
+        assert "TensorRT" in str(error)  # noqa: PT017 - either outcome is right, and both are looked at
+    else:
+        expected = on_cpu.encoder.run(tile)["embeddings"]
+        np.testing.assert_allclose(found, expected, atol=0.02 * expected.std())

@@ -94,7 +94,7 @@ def test_cuda_gets_a_number_where_the_provider_is_installed(monkeypatch: pytest.
 def test_a_provider_that_vanishes_silently_is_refused(graph_file: Path, monkeypatch: pytest.MonkeyPatch):
     """ONNX Runtime drops a provider whose libraries do not load and goes on with the CPU; here it always does."""
     monkeypatch.setattr(portable.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(portable, "_providers", lambda device, provider: ["CPUExecutionProvider"])
+    monkeypatch.setattr(portable, "_providers", lambda device, provider, precision: ["CPUExecutionProvider"])
     with pytest.raises(MissingCapabilityError, match="CUDA provider did not load"):
         OnnxRunner(graph_file, SPEC, RunnerOptions(device="cuda")).__enter__()
 
@@ -106,7 +106,7 @@ def test_the_library_that_a_provider_misses_is_named(
     (tmp_path / "libonnxruntime_providers_cuda.so").write_bytes(b"no library")
     monkeypatch.setattr(portable.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(portable.native, "__file__", str(tmp_path / "onnxruntime_pybind11_state.so"))
-    monkeypatch.setattr(portable, "_providers", lambda device, provider: ["CPUExecutionProvider"])
+    monkeypatch.setattr(portable, "_providers", lambda device, provider, precision: ["CPUExecutionProvider"])
     with pytest.raises(MissingCapabilityError, match=r"libonnxruntime_providers_cuda\.so.*doctor"):
         OnnxRunner(graph_file, SPEC, RunnerOptions(device="cuda")).__enter__()
     assert capfd.readouterr().out == ""
