@@ -1,4 +1,4 @@
-"""What the tests on an NVIDIA GPU share. One line runs them on a workstation: ``pytest -m cuda -rs``."""
+"""What the tests on an NVIDIA GPU share. One line runs them on a workstation: ``pytest -m "cuda or tensorrt" -rs``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dendsam_deploy.runtimes.probe import why_not
 from dendsam_deploy.runtimes.session import ENGINES, SessionOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -25,6 +26,15 @@ def device_of(engine: str) -> str:
 def requires_cuda() -> str:
     """A GPU that ONNX Runtime can use."""
     return device_of("onnxruntime")
+
+
+@pytest.fixture(scope="session")
+def requires_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A GPU that TensorRT can use; what is compiled is sealed with a key of its own, not with that of the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("LOCALAPPDATA", str(tmp_path_factory.mktemp("local")))
+        yield device_of("tensorrt")
 
 
 @pytest.fixture(scope="session")
