@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dendsam_deploy.bundle.bundle import Bundle as Bundle
+    from dendsam_deploy.bundle.latency import LatencyReport as LatencyReport
     from dendsam_deploy.bundle.parity import ParityReport as ParityReport
     from dendsam_deploy.errors import BundleError as BundleError
     from dendsam_deploy.errors import CheckpointError as CheckpointError
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from dendsam_deploy.errors import StorageError as StorageError
     from dendsam_deploy.errors import UnsafeFileError as UnsafeFileError
     from dendsam_deploy.errors import VolumeError as VolumeError
+    from dendsam_deploy.evaluate.latency import benchmark_bundle as benchmark_bundle
+    from dendsam_deploy.evaluate.latency_plan import BenchmarkOptions as BenchmarkOptions
     from dendsam_deploy.evaluate.parity import VerifyOptions as VerifyOptions
     from dendsam_deploy.evaluate.parity import verify_bundle as verify_bundle
     from dendsam_deploy.evaluate.scores import EvaluateOptions as EvaluateOptions
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BenchmarkOptions": "evaluate.latency_plan",
     "Bundle": "bundle.bundle",
     "BundleError": "errors",
     "CheckpointError": "errors",
@@ -75,6 +79,7 @@ _HOMES = {
     "IncompleteRunError": "errors",
     "InputFileError": "errors",
     "InvalidArgumentError": "errors",
+    "LatencyReport": "bundle.latency",
     "MissingCapabilityError": "errors",
     "ParityError": "errors",
     "ParityReport": "bundle.parity",
@@ -90,6 +95,7 @@ _HOMES = {
     "UnsafeFileError": "errors",
     "VerifyOptions": "evaluate.parity",
     "VolumeError": "errors",
+    "benchmark_bundle": "evaluate.latency",
     "evaluate_labels": "evaluate.scores",
     "export_bundle": "export.bundle",
     "finetune_detector": "training.detector",

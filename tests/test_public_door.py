@@ -21,6 +21,7 @@ DOOR = {
     "finetune_detector", "DetectorTrainingOptions", "DetectorSchedule", "DetectorTrainingResult",
     # bundles
     "export_bundle", "ExportOptions", "Bundle", "verify_bundle", "VerifyOptions", "ParityReport",
+    "benchmark_bundle", "BenchmarkOptions", "LatencyReport",
     "open_session", "SessionOptions", "Session",
     # results
     "segment_volume", "SegmentOptions", "SegmentResult", "report_from_run",

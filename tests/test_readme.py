@@ -19,6 +19,7 @@ SETUP = r"python3 -m venv \.venv && \.venv/bin/pip install (-e )?\S+ && "
 """What the two set-up commands do first. The tests run in an environment that was made that way, so it is left out."""
 
 SHORTER = {
+    "benchmark": "--quick",
     "phantom": "--shape 6,256,256",
     "finetune detector": "--minutes 0.3",
     "finetune sam": "--minutes 0.3",

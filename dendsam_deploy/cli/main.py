@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from dendsam_deploy import __version__
+from dendsam_deploy.cli.benchmark import benchmark
 from dendsam_deploy.cli.console import Console
 from dendsam_deploy.cli.demo import demo
 from dendsam_deploy.cli.doctor import doctor
@@ -71,7 +72,7 @@ def finetune() -> None:
 
 for member in (finetune_sam, finetune_detector):
     finetune.add_command(member)
-for member in (demo, doctor, phantom, info, finetune, export, verify, segment, evaluate):
+for member in (demo, doctor, phantom, info, finetune, export, verify, benchmark, segment, evaluate):
     program.add_command(member)
 
 

@@ -5,8 +5,9 @@ option                        commands                                         m
 ============================  ===============================================  =========================================
 ``-b, --bundle``              segment                                          the bundle; else the only one of exports/
 ``--slices A:B``              segment, evaluate, finetune sam and detector     slices from A to before B, counted from 0
-``--voxel-size Z,Y,X``        segment, finetune sam and detector, phantom      nm, in place of what the file records
-``--engine, --device,``       segment, verify                                  what the graphs run on
+``--voxel-size Z,Y,X``        segment, benchmark, finetune sam and detector,   nm, in place of what the file records
+                              phantom
+``--engine, --device,``       segment, verify, benchmark                       what the graphs run on
 ``--precision, --threads,``
 ``--trust-engine``
 ``--json FILE``               every command that prints a result               the result for programs; ``-`` is stdout
@@ -290,18 +291,20 @@ def _written(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+ENGINES = click.Choice(["onnxruntime", "openvino", "tensorrt", "torch"])
+PRECISIONS = click.Choice(["fp32", "fp16", "bf16", "int8"])
+
 RUNTIME = Settings("dendsam_deploy.runtimes.session:SessionOptions")
 
 
 def runtime_options(function: Function) -> Function:
     """Add what the graphs run on, from ``--engine`` to ``--trust-engine``, read by `RUNTIME`."""
-    engines = click.Choice(["auto", "onnxruntime", "openvino", "tensorrt", "torch"])
-    precisions = click.Choice(["fp32", "fp16", "bf16", "int8"])
+    engines = click.Choice(["auto", *ENGINES.choices])
     trust = "SHA-256 of a compiled engine to load although it was made elsewhere. Loading it runs code. Repeatable."
     for option in (
         RUNTIME.option("--trust-engine", "trusted_engines", [str], trust),
         RUNTIME.option("--threads", "threads", click.IntRange(1), "Threads of one operator on the CPU."),
-        RUNTIME.option("--precision", "precision", precisions, "Precision of the graphs."),
+        RUNTIME.option("--precision", "precision", PRECISIONS, "Precision of the graphs."),
         RUNTIME.option("--device", "device", str, "auto, cpu or cuda[:N]."),
         RUNTIME.option("--engine", "engine", engines, "What executes the graphs."),
     ):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _INK = "#101112"
 _FAINT = "#131415"
-_SERIES = ("#201011", "#201012", "#201013")
+_SERIES = ("#201011", "#201012", "#201013", "#201014", "#201015", "#201016")
 _PAGE_COLOURS = {
     _INK: "currentColor",
     _FAINT: "var(--line)",
@@ -183,6 +183,104 @@ def stage_bars(seconds: Mapping[str, float], limiting: str) -> str:
         axes.set_xlabel("seconds, summed over slices")
         axes.grid(visible=False, axis="y")
         return _svg(figure)
+
+
+def waterfall(stages_ms: Mapping[str, float]) -> str:
+    """Draw the stages of a slice as they follow each other, each bar beginning where the one above it ends.
+
+    Parameters
+    ----------
+    stages_ms : mapping
+        Duration of each stage, in their order.
+
+    Returns
+    -------
+    str
+        An ``<svg>`` element.
+    """
+    durations = np.array(list(stages_ms.values()))
+    starts = np.cumsum(durations) - durations
+    longest = max(stages_ms, key=stages_ms.__getitem__)
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(height=0.6 + 0.26 * len(stages_ms))
+        colours = [_SERIES[1] if stage == longest else _SERIES[0] for stage in stages_ms]
+        bars = axes.barh(list(stages_ms), durations, left=starts, color=colours, height=0.7)
+        axes.bar_label(bars, [_milliseconds(ms) for ms in durations], padding=4)
+        axes.invert_yaxis()
+        axes.margins(x=0.16)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("milliseconds since the slice was asked for")
+        axes.grid(visible=False, axis="y")
+        return _svg(figure)
+
+
+def sample_strips(samples_ms: Mapping[str, Sequence[float]], x_label: str) -> str:
+    """Draw every sample as a dot, one line of dots for each name, with a bar at the median.
+
+    Parameters
+    ----------
+    samples_ms : mapping
+        Samples by name, in the order in which they are shown from the top.
+    x_label : str
+        What was measured.
+
+    Returns
+    -------
+    str
+        An ``<svg>`` element.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(height=0.7 + 0.34 * len(samples_ms))
+        for row, samples in enumerate(samples_ms.values()):
+            # Samples in their order from top to bottom, so that a drift shows.
+            height = row + (np.linspace(-0.25, 0.25, len(samples)) if len(samples) > 1 else np.zeros(1))
+            median = float(np.median(samples))
+            axes.plot(samples, height, "o", color=_SERIES[0], markersize=3.5, alpha=0.75, markeredgewidth=0)
+            axes.plot([median, median], [row - 0.36, row + 0.36], color=_SERIES[1], linewidth=2)
+            # Beside the line, where no sample can be.
+            beside = axes.get_yaxis_transform()
+            axes.text(1.01, row, _milliseconds(median), transform=beside, ha="left", va="center")
+        axes.set_yticks(range(len(samples_ms)), list(samples_ms))
+        axes.set_ylim(len(samples_ms) - 0.5, -0.5)
+        axes.set_xlim(0, 1.08 * max(max(samples) for samples in samples_ms.values()))
+        axes.set_xlabel(f"{x_label}, milliseconds")
+        axes.grid(visible=False, axis="y")
+        return _svg(figure)
+
+
+def rate_curves(curves: Mapping[str, Sequence[tuple[int, float]]], x_label: str, y_label: str) -> str:
+    """Draw rates over numbers, on a logarithmic axis of the numbers.
+
+    Parameters
+    ----------
+    curves : mapping
+        Pairs of number and rate, by name; at most six curves are drawn.
+    x_label, y_label : str
+        What the numbers and the rates are.
+
+    Returns
+    -------
+    str
+        An ``<svg>`` element.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(height=2.6)
+        numbers = sorted({number for points in curves.values() for number, _ in points})
+        for colour, (name, points) in zip(_SERIES, curves.items(), strict=False):
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color=colour, linewidth=1.5, marker="o", markersize=4, label=name)
+        axes.set_xscale("log")
+        axes.set_xticks(numbers, [f"{number}" for number in numbers])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(bottom=0)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+        return _svg(figure)
+
+
+def _milliseconds(value: float) -> str:
+    """Write a duration as short as it can be read."""
+    return f"{value / 1000:.3g} s" if value >= 1000 else f"{value:.3g} ms"
 
 
 def _axes(height: float) -> tuple[Figure, Axes]:

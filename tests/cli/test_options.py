@@ -34,6 +34,7 @@ def test_the_commands_are_those_of_the_contract_that_exist_so_far() -> None:
         "finetune detector",
         "export",
         "verify",
+        "benchmark",
         "segment",
         "evaluate",
     }
@@ -77,7 +78,7 @@ def test_every_setting_is_a_field_and_shows_its_default(run, name, option) -> No
         assert shown == default
     else:
         expected = default if isinstance(default, tuple) else (default,)
-        assert tuple(float(word) for word in shown.split(",")) == expected
+        assert tuple(type(value)(word) for value, word in zip(expected, shown.split(","), strict=True)) == expected
 
 
 def test_the_checker_of_settings_fails_on_a_field_that_does_not_exist() -> None:

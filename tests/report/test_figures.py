@@ -14,8 +14,11 @@ from dendsam_deploy.report.figures import (
     chart_along_z,
     count_histogram,
     fraction_histogram,
+    rate_curves,
+    sample_strips,
     size_histogram,
     stage_bars,
+    waterfall,
 )
 
 Z = np.arange(5)
@@ -32,6 +35,9 @@ CHARTS = {
     "counts": lambda: count_histogram(np.array([1, 1, 2, 120]), "slices"),
     "ones": lambda: count_histogram(np.array([1, 1]), "slices"),
     "fractions": lambda: fraction_histogram(np.array([0.0, 0.5, 1.0]), "IoU"),
+    "waterfall": lambda: waterfall({"read": 1.0, "encode": 3000.0, "<paint>": 20.0}),
+    "strips": lambda: sample_strips({"a": (1.0, 2.0, 3.0), "b": (5.0,)}, "one call"),
+    "rates": lambda: rate_curves({"a": [(1, 3.0), (64, 90.0)], "b": [(8, 40.0)]}, "boxes", "boxes per second"),
     "stages": lambda: stage_bars({"read": 1.0, "encode": 3.0, "<paint>": 0.0}, "encode"),
 }
 
@@ -74,6 +80,29 @@ def test_every_size_is_in_a_bar():
     heights = np.array(bars_of(size_histogram(np.geomspace(1, 1000, 64), "area")))
     np.testing.assert_allclose(heights, heights[0], rtol=1e-3)
     assert len(heights) == 8
+
+
+def boxes_of(text, colour):
+    """Return (left, right) of everything filled with a colour of the page, in the units of the picture."""
+    paths = [e.attrib for e in ET.fromstring(text).iter() if colour in e.attrib.get("style", "") and "d" in e.attrib]
+    corners = [np.array(p["d"].replace("M", " ").replace("L", " ").replace("z", " ").split(), float) for p in paths]
+    return sorted((c.reshape(-1, 2)[:, 0].min(), c.reshape(-1, 2)[:, 0].max()) for c in corners)
+
+
+def test_a_waterfall_begins_each_stage_where_the_last_one_ends():
+    text = waterfall({"read": 1.0, "encode": 4.0, "paint": 2.0})
+    (longest,) = boxes_of(text, "fill: var(--series-2)")
+    first, last = boxes_of(text, "fill: var(--series-1)")
+    np.testing.assert_allclose((longest[0], last[0]), (first[1], longest[1]), atol=1e-3)
+    unit = first[1] - first[0]
+    np.testing.assert_allclose(longest[1] - longest[0], 4 * unit, rtol=1e-3)
+    np.testing.assert_allclose(last[1] - last[0], 2 * unit, rtol=1e-3)
+
+
+def test_every_sample_is_a_dot():
+    text = sample_strips({"a": (1.0, 2.0, 3.0), "b": (5.0, 6.0)}, "one call")
+    assert text.count("<use ") >= 5
+    assert "5.5 ms" in text
 
 
 def test_the_limiting_stage_has_its_own_colour():
