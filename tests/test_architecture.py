@@ -50,7 +50,7 @@ VENDOR_HOMES = {
     "matplotlib": ["report/figures.py"],
     "cuda": ["runtimes/gpu_memory.py"],
     "tensorrt": ["runtimes/gpu_engine_library.py"],
-    "onnxruntime": ["runtimes/portable"],
+    "onnxruntime": ["export/quantise.py", "runtimes/portable"],
     "openvino": ["runtimes/compiled_cpu.py"],
     "onnx": ["export/"],
     "onnx_ir": ["export/graphs.py"],

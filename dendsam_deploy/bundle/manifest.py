@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 from dendsam_deploy.errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the manifest that this program writes and reads."""
 
 Role = Literal["detector", "encoder", "decoder"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
+AttentionForm = Literal["added", "widened"]
+"""How a graph computes relative position, see `models.plain_encoder`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class Source:
 class GraphSpec:
     """One ONNX file: its part in the chain, its precision, its tensors and the files that it consists of.
 
-    `files[0]` is the graph itself; further entries are external weight data.
+    `files[0]` is the graph itself; further entries are external weight data. `attention` is None where no relative
+    position is computed.
     """
 
     role: Role
@@ -60,6 +63,7 @@ class GraphSpec:
     files: tuple[FileDigest, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    attention: AttentionForm | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +203,15 @@ def _value_from_json(hint: object, value: object, source: str, where: str) -> ob
         return {str(key): _value_from_json(arguments[1], item, source, f"{where}.{key}") for key, item in value.items()}
     if origin is Literal and value in arguments:
         return value
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):  # the latter where a Literal is part of it
         for option in arguments:
-            if (option is type(None) and value is None) or (option is not type(None) and _is_plain(option, value)):
+            if option is type(None):
+                if value is None:
+                    return None
+            elif typing.get_origin(option) is Literal:
+                if value in typing.get_args(option):
+                    return value
+            elif _is_plain(option, value):
                 return value if option is not float else float(typing.cast("float", value))
     elif isinstance(hint, type) and _is_plain(hint, value):
         return float(typing.cast("float", value)) if hint is float else value

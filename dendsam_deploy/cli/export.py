@@ -11,9 +11,14 @@ from dendsam_deploy.cli.options import PATH, Settings, command, extra, json_opti
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dendsam_deploy.bundle.manifest import Precision
+    from dendsam_deploy.bundle.parity import ParityReport
     from dendsam_deploy.cli.console import Console
 
 SETTINGS = Settings("dendsam_deploy.export.options:ExportOptions")
+
+PRECISIONS = click.Choice(["fp32", "fp16", "bf16", "int8"])
+FORMS = click.Choice(["added", "widened"])
 
 
 @command("export", "export --sam ca1-sam.pt --detector ca1-yolo.pt -o exports/ca1")
@@ -25,6 +30,10 @@ SETTINGS = Settings("dendsam_deploy.export.options:ExportOptions")
 @SETTINGS.option("--overlap", "overlap_px", int, "Least overlap of tiles, px.  [default: 128, or a third]")
 @SETTINGS.option("--pixel-size", "model_pixel_size_nm", float, "Pixel size in training, nm, where SAM's file lacks it.")
 @SETTINGS.option("--zoom", "zoom", float, "Model px per slice px in training, where SAM's file lacks it.")
+@SETTINGS.option("--precision", "precisions", [PRECISIONS], "Precision besides fp32. Repeatable.")
+@SETTINGS.option(
+    "--attention", "attention", FORMS, "Form of relative position at fp32.  [default: the faster one here]"
+)
 @SETTINGS.option("--reference", "reference_volume", PATH, "Volume to compare graphs on.  [default: a phantom]")
 @SETTINGS.option("--licence", "licence", str, "Licence of the weights.")
 @SETTINGS.flag("--overwrite", "overwrite", "Replace a bundle of that name.")
@@ -34,21 +43,28 @@ SETTINGS = Settings("dendsam_deploy.export.options:ExportOptions")
 def export(context: click.Context, sam: Path, out: Path, no_verify: bool, json_file: Path | None) -> None:
     """Turn weights into a bundle that runs without torch.
 
-    The graphs are compared with the weights before the bundle gets its name. Without --detector, boxes come from
-    elsewhere: segment --boxes.
+    The graphs are compared with the weights before the bundle gets its name. A precision that fails is not published:
+    the next one down the ladder (fp16, bf16, fp32) is tried. Without --detector, boxes come from elsewhere: segment
+    --boxes.
     """
     with extra("train"):
-        from dendsam_deploy.export.bundle import export_bundle
+        from dendsam_deploy.export.bundle import Judges, export_bundle
 
     from dendsam_deploy.bundle.bundle import Bundle
-    from dendsam_deploy.evaluate.parity import verify_bundle
+    from dendsam_deploy.evaluate.parity import VerifyOptions, verify_bundle
+    from dendsam_deploy.evaluate.stopwatch import time_encoder
     from dendsam_deploy.export.options import ExportOptions
+    from dendsam_deploy.runtimes.session import SessionOptions
+
+    def gate(folder: Path, precision: Precision) -> ParityReport:
+        return verify_bundle(folder, VerifyOptions(session=SessionOptions(precision=precision)))
 
     console: Console = context.obj
     options = ExportOptions(sam=sam, out=out, **SETTINGS.given(context))
     with console.progress() as progress:
-        bundle = Bundle.open(export_bundle(options, None if no_verify else verify_bundle, progress))
-    graphs = ", ".join(graph.role for graph in bundle.manifest.graphs)
+        judges = Judges(None if no_verify else gate, time_encoder)
+        bundle = Bundle.open(export_bundle(options, judges, progress, console.note))
+    graphs = ", ".join(graph.files[0].file.removesuffix(".onnx") for graph in bundle.manifest.graphs)
     proof = "unproven" if bundle.parity is None else f"{len(bundle.parity.rows)} comparisons with the weights passed"
     document = {
         "bundle": str(bundle.path),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.bundle.manifest import GraphSpec, Preprocessing
     from dendsam_deploy.bundle.reference import DetectorOutputs, ReferenceInputs
+    from dendsam_deploy.export.precision import Rung
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,20 @@ class ExportedDetector:
     outputs: DetectorOutputs | None
     training: Mapping[str, object] = field(default_factory=dict)
     score_threshold: float | None = None
+
+
+def export_detector_at(path: Path, folder: Path, preprocessing: Preprocessing, rung: Rung) -> GraphSpec | None:
+    """Write a detector at half precision; None where it stays at fp32.
+
+    A foreign graph stays as its author made it. ONNX has no convolution at bf16 before opset 22.
+    """
+    if path.suffix.lower() == ".onnx" or rung.precision == "bf16":
+        return None
+    export = GraphExport("detector", preprocessing.tile_size_px, rung.precision)
+    detector = load_detector(path)
+    size = detector_input_size(detector, preprocessing)
+    module = DetectorGraph(detector, export.tile_size_px, size, compute=rung.dtype)
+    return onnx_from_torch(module, export, folder / export.file)
 
 
 def export_detector(path: Path, out: Path, preprocessing: Preprocessing, inputs: ReferenceInputs) -> ExportedDetector:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from dendsam_deploy.bundle.manifest import Role, TensorSpec
+    from dendsam_deploy.bundle.manifest import AttentionForm, Precision, Role, TensorSpec
 
 OPSET = 20
 """Version of the operators: old enough for every engine in use, new enough for LayerNormalization and Gelu."""
@@ -45,13 +45,24 @@ class GraphExport:
         ``detector``, ``encoder`` or ``decoder``; decides the names, dtypes and shapes.
     tile_size_px : int
         Side of the square tiles.
+    precision : str
+        What the graph computes in; what enters and leaves is float32 or uint8 all the same.
+    attention : str or None
+        How it computes relative position, for the manifest.
     external_above_bytes : int
         Weights beyond this size are put into a second file.
     """
 
     role: Role
     tile_size_px: int
+    precision: Precision = "fp32"
+    attention: AttentionForm | None = None
     external_above_bytes: int = _EXTERNAL_ABOVE_BYTES
+
+    @property
+    def file(self) -> str:
+        """Name of the file in a bundle, such as ``encoder.onnx`` or ``encoder.bf16.onnx``."""
+        return f"{self.role}.onnx" if self.precision == "fp32" else f"{self.role}.{self.precision}.onnx"
 
 
 def onnx_from_torch(module: nn.Module, export: GraphExport, path: Path) -> GraphSpec:
@@ -98,11 +109,12 @@ def describe_graph(path: Path, export: GraphExport) -> GraphSpec:
     names = (path.name, *sorted(external_data_locations(path)))
     return GraphSpec(
         role=export.role,
-        precision="fp32",
+        precision=export.precision,
         opset=opset,
         files=tuple(digest_file(path.parent, name) for name in names),
         inputs=graph_inputs(export.role, export.tile_size_px),
         outputs=graph_outputs(export.role, export.tile_size_px),
+        attention=export.attention,
     )
 
 

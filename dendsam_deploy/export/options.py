@@ -10,6 +10,8 @@ from dendsam_deploy.bundle.manifest import Thresholds
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dendsam_deploy.bundle.manifest import AttentionForm, Precision
+
 DEFAULT_THRESHOLDS = Thresholds(detection_score=0.25, nms_iou=0.6, mask_logit=0.0, min_area_px=25)
 """Until a validation volume says better; labels under 25 px were left out of training as well."""
 
@@ -34,6 +36,11 @@ class ExportOptions:
         Least overlap of neighbouring tiles; None takes 128, or a third of the side where that is less.
     model_pixel_size_nm, zoom : float or None
         Scale of the training images, where the checkpoint does not record it or records it wrongly.
+    precisions : tuple of str
+        What to export besides fp32: ``fp16``, ``bf16``, ``int8``. One that fails its proof is replaced by the next on
+        the ladder, see `precision.LADDER`.
+    attention : str or None
+        How the fp32 encoder computes relative position, ``added`` or ``widened``; None takes the faster one here.
     thresholds : Thresholds or None
         What `segment` uses by default. None takes `DEFAULT_THRESHOLDS`, with the score that the detector's training
         found best, where it recorded one.
@@ -55,6 +62,8 @@ class ExportOptions:
     overlap_px: int | None = None
     model_pixel_size_nm: float | None = None
     zoom: float | None = None
+    precisions: tuple[Precision, ...] = ()
+    attention: AttentionForm | None = None
     thresholds: Thresholds | None = None
     margin_fraction: float = 0.25
     margin_px: float = 16.0

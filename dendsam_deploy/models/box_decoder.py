@@ -18,6 +18,13 @@ First layer once
 Local upscaling
     The transposed convolutions with kernel = stride = 2, the layer norm and the GELU never look at a neighbouring cell.
     They run on the cells of the box's region alone.
+Two tokens at the end
+    After the last attention only the first mask token and the IoU token are read, so the others are left out of it.
+Biases through the softmax
+    The weights of a head sum to one, so an eighth of the output projection's bias in each folded value is that bias.
+
+At half precision only what is as long as the image is half: its tokens, their scores and the upscaling. The 7 prompt
+tokens, and all that is made of them alone, stay in float32.
 
 References
 ----------
@@ -37,6 +44,7 @@ from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX, LOGIT_STRIDE_PX
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
+    from segment_anything.modeling.common import LayerNorm2d
     from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 
 CELLS_PER_TOKEN = EMBEDDING_STRIDE_PX // LOGIT_STRIDE_PX
@@ -45,8 +53,8 @@ CELLS_PER_TOKEN = EMBEDDING_STRIDE_PX // LOGIT_STRIDE_PX
 class DecodedTokens(NamedTuple):
     """What the two-way transformer makes of n prompts.
 
-    `masks` (n, 4, C) are the mask tokens, `iou` (n, 4) the predicted IoU of each, `image` (n, P, C) the image tokens as
-    each prompt left them.
+    `masks` (n, m, C) are the first m mask tokens, `iou` (n, 4) the predicted IoU of all, `image` (n, P, C) the image
+    tokens as each prompt left them.
     """
 
     masks: Tensor
@@ -61,12 +69,15 @@ class BoxDecoderGraph(nn.Module):
     ----------
     sam : Sam
         Its prompt encoder and mask decoder are shared, not copied.
+    compute : torch.dtype
+        Type of what is as long as the image.
     """
 
     image_position: Tensor
 
-    def __init__(self, sam: Sam) -> None:
+    def __init__(self, sam: Sam, compute: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.compute = compute
         self.prompt_encoder = sam.prompt_encoder
         self.mask_decoder = sam.mask_decoder
         self.grid = sam.prompt_encoder.image_embedding_size[0]
@@ -99,7 +110,7 @@ class BoxDecoderGraph(nn.Module):
         iou : Tensor, shape (n,), float32
             Predicted IoU.
         """
-        decoded = self.decode_prompts(embeddings, self.box_tokens(boxes), tile_index)
+        decoded = self.decode_prompts(embeddings, self.box_tokens(boxes), tile_index, masks=1)
         kernel = self.mask_decoder.output_hypernetworks_mlps[0](decoded.masks[:, 0])
         side = region[0]
         origin = self.region_origin(boxes, side)
@@ -118,21 +129,27 @@ class BoxDecoderGraph(nn.Module):
         padding = self.prompt_encoder.not_a_point_embed.weight.expand_as(point)
         return torch.cat([point, padding], dim=1)
 
-    def decode_prompts(self, embeddings: Tensor, prompt_tokens: Tensor, tile_index: Tensor) -> DecodedTokens:
-        """Run the two-way transformer for prompts ``(n, k, C)`` on the embeddings of their tiles."""
+    def decode_prompts(
+        self, embeddings: Tensor, prompt_tokens: Tensor, tile_index: Tensor, masks: int | None = None
+    ) -> DecodedTokens:
+        """Run the two-way transformer for prompts ``(n, k, C)`` on the embeddings of their tiles.
+
+        `masks` is the number of mask tokens that are wanted; None takes all four.
+        """
         decoder = self.mask_decoder
-        count = decoder.num_mask_tokens
+        count = decoder.num_mask_tokens if masks is None else masks
         output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([output_tokens.expand(prompt_tokens.shape[0], -1, -1), prompt_tokens], dim=1)
-        image = embeddings.flatten(2).transpose(1, 2) + self.prompt_encoder.no_mask_embed.weight
+        image = (embeddings.flatten(2).transpose(1, 2) + self.prompt_encoder.no_mask_embed.weight).to(self.compute)
 
         queries, keys = self._first_layer(tokens, image, tile_index)
         for layer in decoder.transformer.layers[1:]:
             queries, keys = self._later_layer(layer, queries, keys, tokens)
         final = decoder.transformer.final_attn_token_to_image
-        queries = queries + _few_queries(final, queries + tokens, keys + self.image_position, keys)
+        queries, tokens = queries[:, : 1 + count], tokens[:, : 1 + count]  # the IoU token comes first
+        queries = queries + _few_queries(final, queries + tokens, self._placed(keys), keys)
         queries = decoder.transformer.norm_final_attn(queries)
-        return DecodedTokens(queries[:, 1 : 1 + count], decoder.iou_prediction_head(queries[:, 0]), keys)
+        return DecodedTokens(queries[:, 1:], decoder.iou_prediction_head(queries[:, 0]), keys)
 
     def region_origin(self, boxes: Tensor, side: Tensor) -> Tensor:
         """Return the first cell ``(n, 2)``, (y, x), of the region of `side` embedding cells centred on each box."""
@@ -152,14 +169,17 @@ class BoxDecoderGraph(nn.Module):
     def mask_logits(self, cells: Tensor, kernel: Tensor) -> Tensor:
         """Upscale region tokens ``(n, r, r, C)`` and multiply by each mask's kernel ``(n, C/8)``: ``(n, 4r, 4r)``."""
         first, norm, activation, second, _ = self.mask_decoder.output_upscaling
-        hidden = _subcells(cells, first.weight, first.bias)
-        hidden = activation(functional.layer_norm(hidden, hidden.shape[-1:], norm.weight, norm.bias, norm.eps))
+        hidden = activation(_norm(norm, _subcells(cells, first.weight, first.bias)))
         fine: Tensor = activation(_subcells(hidden, second.weight, second.bias))
         # (n, r, r, 4, 4, c) . (n, c): the two axes of 4 are the (y, x) pairs of the first and of the second upscaling.
         count, side = cells.shape[0], cells.shape[1]
-        logits = fine.flatten(1, 4) @ kernel[:, :, None]
+        logits = (fine.flatten(1, 4) @ kernel.to(fine.dtype)[:, :, None]).to(kernel.dtype)
         logits = logits.reshape(count, side, side, 2, 2, 2, 2)
         return logits.permute(0, 1, 3, 5, 2, 4, 6).reshape(count, side * CELLS_PER_TOKEN, side * CELLS_PER_TOKEN)
+
+    def _placed(self, image: Tensor) -> Tensor:
+        """Add the position encoding to image tokens ``(..., P, C)``."""
+        return image + self.image_position.to(image.dtype)
 
     def _position_of(self, points_xy: Tensor) -> Tensor:
         """Encode positions ``(n, k, 2)`` in tile px by SAM's random Fourier features; SAM adds half a pixel."""
@@ -173,21 +193,21 @@ class BoxDecoderGraph(nn.Module):
         layer = self.mask_decoder.transformer.layers[0]
         queries = layer.norm1(layer.self_attn(q=tokens, k=tokens, v=tokens))
         attention, back = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-        placed = image + self.image_position
+        placed = self._placed(image)
 
-        keys = _heads(attention.k_proj(placed), attention.num_heads)[tile_index]
-        values = _heads(attention.v_proj(image), attention.num_heads)[tile_index]
+        keys = _heads(_project(attention.k_proj, placed), attention.num_heads)[tile_index]
+        values = _heads(_project(attention.v_proj, image), attention.num_heads)[tile_index]
         query = _heads(attention.q_proj(queries + tokens), attention.num_heads)
-        mixed = _attend(query, keys, values)
+        mixed = _attend(query.to(keys.dtype), keys, values).to(query.dtype)
         queries = layer.norm2(queries + attention.out_proj(mixed.transpose(1, 2).flatten(2)))
         queries = layer.norm3(queries + layer.mlp(queries))
 
-        image_query = _heads(back.q_proj(placed), back.num_heads)[tile_index]
-        token_key = _heads(back.k_proj(queries + tokens), back.num_heads)
-        scores = image_query @ token_key.transpose(2, 3) / math.sqrt(token_key.shape[-1])
+        image_query = _heads(_project(back.q_proj, placed), back.num_heads)[tile_index]
+        token_key = _heads(back.k_proj(queries + tokens), back.num_heads) / math.sqrt(image_query.shape[-1])
+        scores = image_query @ token_key.to(image_query.dtype).transpose(2, 3)
         weights = scores.softmax(dim=-1).transpose(1, 2).flatten(2)
-        update = weights @ _folded_values(back, queries) + back.out_proj.bias
-        return queries, layer.norm4(image[tile_index] + update)
+        update = weights @ _folded_values(back, queries).to(weights.dtype)
+        return queries, _norm(layer.norm4, image[tile_index] + update)
 
     def _later_layer(
         self, layer: TwoWayAttentionBlock, queries: Tensor, keys: Tensor, tokens: Tensor
@@ -195,12 +215,12 @@ class BoxDecoderGraph(nn.Module):
         """Run a block whose image tokens already differ from box to box."""
         placed = queries + tokens
         queries = layer.norm1(queries + layer.self_attn(q=placed, k=placed, v=queries))
-        keys_placed = keys + self.image_position
+        keys_placed = self._placed(keys)
         attended = _few_queries(layer.cross_attn_token_to_image, queries + tokens, keys_placed, keys)
         queries = layer.norm2(queries + attended)
         queries = layer.norm3(queries + layer.mlp(queries))
         update = _few_keys(layer.cross_attn_image_to_token, keys_placed, queries + tokens, queries)
-        return queries, layer.norm4(keys + update)
+        return queries, _norm(layer.norm4, keys + update)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -235,9 +255,9 @@ def _few_queries(attention: Attention, query: Tensor, key: Tensor, value: Tensor
     """
     heads = attention.num_heads
     q = _heads(attention.q_proj(query), heads)
-    folded = _head_product(q, _per_head(attention.k_proj.weight, heads)).flatten(1, 2)
-    scores = folded @ key.transpose(1, 2) / math.sqrt(q.shape[-1])
-    mixed = torch.unflatten(scores.softmax(dim=-1) @ value, 1, (heads, -1))
+    folded = _head_product(q / math.sqrt(q.shape[-1]), _per_head(attention.k_proj.weight, heads)).flatten(1, 2)
+    scores = folded.to(key.dtype) @ key.transpose(1, 2)
+    mixed = torch.unflatten((scores.softmax(dim=-1) @ value).to(q.dtype), 1, (heads, -1))
     projected = _head_product(mixed, _per_head(attention.v_proj.weight, heads).transpose(1, 2))
     attended: Tensor = attention.out_proj(projected.transpose(1, 2).flatten(2) + attention.v_proj.bias)
     return attended
@@ -250,20 +270,37 @@ def _few_keys(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -
     """
     heads = attention.num_heads
     k = _heads(attention.k_proj(key), heads)
-    folded = _head_product(k, _per_head(attention.q_proj.weight, heads)).flatten(1, 2)
-    bias = _head_product(k, attention.q_proj.bias.reshape(heads, -1, 1)).flatten(1)
-    scores = (query @ folded.transpose(1, 2) + bias[:, None]) / math.sqrt(k.shape[-1])
+    k = k / math.sqrt(k.shape[-1])
+    folded = _head_product(k, _per_head(attention.q_proj.weight, heads)).flatten(1, 2).to(query.dtype)
+    bias = _head_product(k, attention.q_proj.bias.reshape(heads, -1, 1)).flatten(1).to(query.dtype)
+    scores = query @ folded.transpose(1, 2) + bias[:, None]
     weights = torch.unflatten(scores, 2, (heads, -1)).softmax(dim=-1).flatten(2)
-    attended: Tensor = weights @ _folded_values(attention, value) + attention.out_proj.bias
+    attended: Tensor = weights @ _folded_values(attention, value).to(weights.dtype)
     return attended
 
 
 def _folded_values(attention: Attention, value: Tensor) -> Tensor:
-    """Project few value tokens ``(n, t, C)`` through the value and the output projection: ``(n, h * t, C)``."""
+    """Project few value tokens ``(n, t, C)`` through the value and the output projection: ``(n, h * t, C)``.
+
+    The bias of the output projection is in them too, a part for each head.
+    """
     heads = attention.num_heads
     projected = _heads(attention.v_proj(value), heads)
     out = _per_head(attention.out_proj.weight.transpose(0, 1), heads)
-    return _head_product(projected, out).flatten(1, 2)
+    folded: Tensor = _head_product(projected, out).flatten(1, 2) + attention.out_proj.bias / heads
+    return folded
+
+
+def _project(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a linear layer in the type of `x`."""
+    return functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def _norm(layer: nn.LayerNorm | LayerNorm2d, x: Tensor) -> Tensor:
+    """Apply the parameters of a norm to the last axis, in the type of `x`."""
+    weight, bias = layer.weight.to(x.dtype), layer.bias.to(x.dtype)
+    normed: Tensor = functional.layer_norm(x, x.shape[-1:], weight, bias, layer.eps)
+    return normed
 
 
 def _subcells(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -279,4 +316,4 @@ def _subcells(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         Its bias.
     """
     matrix = weight.permute(0, 2, 3, 1).flatten(1)
-    return torch.unflatten(x @ matrix, -1, (4, weight.shape[1])) + bias
+    return torch.unflatten(x @ matrix.to(x.dtype), -1, (4, weight.shape[1])) + bias.to(x.dtype)

@@ -45,6 +45,8 @@ class DetectorGraph(nn.Module):
         trained on, rounded up to such a multiple.
     max_candidates : int, optional
         Candidates per tile. The default is `candidate_count`.
+    compute : torch.dtype
+        Type of the convolutions. What places a box is float32: half precision has whole pixels at best by 1024 px.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class DetectorGraph(nn.Module):
         tile_size_px: int,
         input_size_px: int | None = None,
         max_candidates: int | None = None,
+        compute: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self.compute = compute
         network: Any = copy.deepcopy(detector.network)
         head = network.model[-1]
         strides = [int(stride) for stride in head.stride]
@@ -65,7 +69,8 @@ class DetectorGraph(nn.Module):
             )
         decoder = _HeadDecoder(head, size, strides)
         network.model[-1] = decoder
-        self.network: nn.Module = network.fuse(verbose=False)
+        self.network: nn.Module = network.fuse(verbose=False).to(compute)
+        decoder.keep_exact()
         self.tile_size_px, self.input_size_px = tile_size_px, size
         self.channels = next(network.parameters()).shape[1]
         anchors = decoder.anchors.shape[1]
@@ -90,7 +95,7 @@ class DetectorGraph(nn.Module):
         if self.input_size_px != self.tile_size_px:
             size = (self.input_size_px, self.input_size_px)
             image = functional.interpolate(image, size, mode="bilinear", align_corners=False)
-        boxes, scores = self.network(image.expand(-1, self.channels, -1, -1))
+        boxes, scores = self.network(image.expand(-1, self.channels, -1, -1).to(self.compute))
         scores, best = scores.topk(self.candidates, dim=1)
         boxes = boxes.gather(1, best[..., None].expand(-1, -1, 4))
         return (boxes * (self.tile_size_px / self.input_size_px)).clamp(0, self.tile_size_px), scores
@@ -121,10 +126,15 @@ class _HeadDecoder(nn.Module):
             "strides", torch.cat([torch.full((len(g) ** 2,), float(s)) for g, s in zip(grids, strides, strict=True)])
         )
 
+    def keep_exact(self) -> None:
+        """Bring what places a box back to float32."""
+        self.anchors, self.strides = self.anchors.float(), self.strides.float()
+        self.distances.float()
+
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return boxes (b, N, 4) in px of the network's input and scores (b, N) of their best class."""
         raw = torch.cat([layer(x).flatten(2) for layer, x in zip(self.box_layers, features, strict=True)], dim=2)
         logits = torch.cat([layer(x).flatten(2) for layer, x in zip(self.score_layers, features, strict=True)], dim=2)
-        left_top, right_bottom = self.distances(raw).chunk(2, dim=1)
+        left_top, right_bottom = self.distances(raw.float()).chunk(2, dim=1)
         corners = torch.cat([self.anchors - left_top, self.anchors + right_bottom], dim=1) * self.strides
-        return corners.transpose(1, 2), logits.amax(dim=1).sigmoid()
+        return corners.transpose(1, 2), logits.float().amax(dim=1).sigmoid()

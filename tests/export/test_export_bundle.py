@@ -13,7 +13,7 @@ from dendsam_deploy.bundle.bundle import Bundle  # noqa: E402 - after the check 
 from dendsam_deploy.bundle.parity import ParityReport, ParityRow  # noqa: E402
 from dendsam_deploy.bundle.reference import load_reference  # noqa: E402
 from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, ParityError, VolumeError  # noqa: E402
-from dendsam_deploy.export.bundle import export_bundle  # noqa: E402
+from dendsam_deploy.export.bundle import Judges, export_bundle  # noqa: E402
 from dendsam_deploy.export.detector import export_detector  # noqa: E402
 from dendsam_deploy.export.model_card import TrainingFacts, model_card  # noqa: E402
 from dendsam_deploy.export.options import ExportOptions  # noqa: E402
@@ -93,7 +93,8 @@ def test_a_bundle_that_fails_its_gate_is_not_published(exported, tmp_path: Path)
     seen: list[Path] = []
     steps = []
 
-    def gate(folder: Path) -> ParityReport:
+    def gate(folder: Path, precision: str) -> ParityReport:
+        assert precision == "fp32"
         seen.append(folder)
         assert Bundle.open(folder).parity is None
         assert not (tmp_path / "exports" / "sam").exists()
@@ -101,7 +102,7 @@ def test_a_bundle_that_fails_its_gate_is_not_published(exported, tmp_path: Path)
 
     options = ExportOptions(exported.sam, tmp_path / "exports" / "sam")
     with pytest.raises(ParityError, match=r"1 of 2 checks: encoder embedding_relative_max 0\.5 \(limit 0\.0001\)"):
-        export_bundle(options, gate, steps.append)
+        export_bundle(options, Judges(gate), steps.append)
     assert len(seen) == 1
     assert list((tmp_path / "exports").iterdir()) == []
     assert [step.done for step in steps] == sorted(step.done for step in steps)

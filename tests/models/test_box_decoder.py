@@ -237,7 +237,7 @@ def gradients(sam, model, embedding, weight):
 
 
 class WrongToken(BoxDecoderGraph):
-    def decode_prompts(self, embeddings, prompt_tokens, tile_index):
+    def decode_prompts(self, embeddings, prompt_tokens, tile_index, masks):
         decoded = super().decode_prompts(embeddings, prompt_tokens, tile_index)
         return decoded._replace(masks=decoded.masks.roll(-1, 1))
 
