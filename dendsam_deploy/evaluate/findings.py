@@ -10,6 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from dendsam_deploy.bundle.parity import Reference
     from dendsam_deploy.runtimes.runner import Runner
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -17,13 +18,24 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A measured number, not yet judged; `detail` tells apart what is measured by the same metric."""
+    """A measured number, not yet judged.
+
+    Parameters
+    ----------
+    level, graph, metric, value
+        As in `bundle.parity.ParityRow`; the metric is a name of `limits.METRICS`.
+    detail : str
+        Tells apart what is measured by the same metric.
+    reference : str or None
+        Where the right answer came from, if not from where the graph's others did.
+    """
 
     level: int
     graph: str
     metric: str
     value: float
     detail: str = ""
+    reference: Reference | None = None
 
 
 def run_graph(runner: Runner, inputs: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:

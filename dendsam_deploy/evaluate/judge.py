@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -96,9 +96,9 @@ def compare_session(
             stack.enter_context(session)
         bench = _Bench(session, truth, box_counts, prepared, nullcontext if together else _entered, tell)
         try:
-            rows.extend(_row(finding, bench) for finding in _findings(bench))
+            rows.extend(judge(finding, session, truth) for finding in _findings(bench))
         except InvalidArgumentError:  # an input of the contract was refused
-            rows.append(_row(Finding(2, "chain", "calls_refused", 1), bench))
+            rows.append(judge(Finding(2, "chain", "calls_refused", 1), session, truth))
     return ParityReport(tuple(sorted(rows, key=lambda row: row.level)))
 
 
@@ -188,7 +188,8 @@ def _compare_chain(
     known = masks_of_reference(boxes, tile_index, truth.logits, truth.iou, manifest.decoding)
     drawn = Detections(in_the_stack(boxes, tile_index, inputs.tiles.shape[1]), truth.prompts.detections.scores)
     wanted = paint_stack(drawn, known, inputs, manifest.thresholds)
-    yield from compare_labels(painted, wanted, len(inputs.tiles), "detected")
+    for finding in compare_labels(painted, wanted, len(inputs.tiles), "detected"):
+        yield replace(finding, reference=truth.masks_from)
 
 
 def _encoded(decoder: Runner, embeddings: NDArray[np.float32], bench: _Bench) -> Embeddings:
@@ -208,14 +209,11 @@ def _masks(decoder: Runner, embeddings: Embeddings, detections: Detections, benc
     return decode_masks(boxes, box_index, tile_index, embeddings, BoxDecoder(decoder, options))
 
 
-def _row(finding: Finding, bench: _Bench) -> ParityRow:
+def judge(finding: Finding, session: Session, truth: Truth) -> ParityRow:
     """Judge one finding by the limit of the precision at which its graph ran."""
-    session, truth = bench.session, bench.truth
     own = next((r.spec.precision for r in session.runners if r.spec.role == finding.graph), session.precision)
     limit, passed = METRICS[finding.metric].judge(finding.value, own)
-    reference = truth.detector_from if finding.graph == "detector" else truth.sam_from
-    if truth.detected is not None and finding.metric.startswith("detected"):
-        reference = truth.detected.masks_from
+    reference = finding.reference or (truth.detector_from if finding.graph == "detector" else truth.sam_from)
     return ParityRow(
         level=finding.level,
         graph=finding.graph,

@@ -76,7 +76,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         ),
         "embedding_relative_rms": Metric(
             "root mean square of the difference of an embedding over that of the reference, the highest of all tiles",
-            "at most", fp32=2e-5, half=0.05, int8=0.2,
+            "at most", fp32=2e-5, half=0.03, int8=0.2,
         ),
         "embedding_cosine": Metric(
             "cosine between a tile's embedding and the reference, the lowest of all tiles",
@@ -88,7 +88,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         ),
         "logits_rms_over_std": Metric(
             "root mean square of the same difference, over the same standard deviation",
-            "at most", fp32=1e-4, half=0.05, int8=0.2,
+            "at most", fp32=1e-4, half=0.03, int8=0.2,
         ),
         "end_to_end_logits_max_over_std": Metric(
             "the same from the deployed encoder's own embeddings",
@@ -162,7 +162,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         ),
         "instances_pq50": Metric(
             "panoptic quality at IoU .5 of the deployed chain's labels, those of the reference taken for the truth",
-            "at least", fp32=0.999, half=0.95, int8=0.9,
+            "at least", fp32=0.999, half=0.97, int8=0.9,
         ),
         "instances_pq90": Metric("the same at IoU .9", "at least", fp32=0.999, half=0.9, int8=0.8),
         "instances_vi_split": Metric(
@@ -180,6 +180,30 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "detected_pq90": Metric("as `instances_pq90`, likewise", "at least", fp32=0.999, half=0.8, int8=0.7),
         "detected_vi_split": Metric("as `instances_vi_split`, likewise", "at most", fp32=0.01, half=0.2, int8=0.4),
         "detected_vi_merge": Metric("as `instances_vi_merge`, likewise", "at most", fp32=0.01, half=0.2, int8=0.4),
+        # Level 5 where ground truth is given
+        "truth_pq": Metric(
+            "panoptic quality of the deployed chain's labels against the ground truth, mean over slices",
+            "at least", fp32=None, half=None, int8=None,
+        ),
+        "truth_pq_loss": Metric(
+            "by how much that is less than the reference chain's", "at most", fp32=2e-3, half=0.01, int8=0.02
+        ),
+        "truth_pq_loss_low": Metric(
+            "lower end of the interval that holds this loss in 95 of 100 cases, by resampling slices",
+            "at most", fp32=None, half=None, int8=None,
+        ),
+        "truth_pq_loss_high": Metric("its upper end", "at most", fp32=None, half=None, int8=None),
+        "truth_box_iou": Metric(
+            "mean IoU of objects with the masks that their exact boxes prompt, mean over slices",
+            "at least", fp32=None, half=None, int8=None,
+        ),
+        "truth_box_iou_loss": Metric(
+            "by how much that is less than the reference chain's", "at most", fp32=5e-4, half=5e-3, int8=0.01
+        ),
+        "truth_box_iou_loss_low": Metric(
+            "lower end of the interval of this loss", "at most", fp32=None, half=None, int8=None
+        ),
+        "truth_box_iou_loss_high": Metric("its upper end", "at most", fp32=None, half=None, int8=None),
     }
 )  # fmt: skip
 """Every number that `verify` reports."""
