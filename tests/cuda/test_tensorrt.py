@@ -24,7 +24,7 @@ from dendsam_deploy.pipeline.run import SegmentOptions, segment_volume
 from dendsam_deploy.runtimes.gpu_engine_cache import ENGINE_FILE
 from dendsam_deploy.runtimes.gpu_engine_plan import MOST_BOXES, MOST_TILES
 from dendsam_deploy.runtimes.portable import OnnxRunner, RunnerOptions
-from dendsam_deploy.runtimes.runner import ResidentRunner, share_memory
+from dendsam_deploy.runtimes.runner import keeps_tensors, share_memory
 from dendsam_deploy.runtimes.session import SessionOptions, open_session
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from dendsam_deploy.volume.phantom import PhantomOptions, make_phantom  # noqa: PLC0415
 
     path = tmp_path_factory.mktemp("phantom") / "raw.tif"
-    tifffile.imwrite(path, make_phantom(PhantomOptions((4, 512, 512), 7)).raw, metadata={"axes": "ZYX"})
+    tifffile.imwrite(path, make_phantom(PhantomOptions((3, 512, 512), 7)).raw, photometric="minisblack")
     return path
 
 
@@ -335,7 +335,7 @@ def test_embeddings_stay_on_the_gpu(bundle: Bundle, engines, decoders: tuple) ->
     decoder = decoders[0]
     path, graph = graph_of(bundle, "encoder")
     with engines.EngineRunner(path, graph) as encoder:
-        assert isinstance(encoder, ResidentRunner)
+        assert keeps_tensors(encoder)
         assert share_memory(encoder, decoder)
         count = MOST_TILES + 3
         inputs = tile_inputs(bundle, count)
