@@ -47,7 +47,7 @@ def one_node(path: Path, operator: str, kinds: list[int], out: int) -> Path:
 
 @pytest.mark.parametrize("role", ["detector", "encoder", "decoder"])
 def test_exported_graphs_are_taken(exported: Exported, role: str) -> None:
-    files = sorted(exported.bundle.glob(f"{role}*.onnx"))
+    files = [file for file in sorted(exported.bundle.glob(f"{role}*.onnx")) if ".int8." not in file.name]
     assert files
     assert {file.name: unsupported_nodes(file) for file in files} == {file.name: [] for file in files}
 
