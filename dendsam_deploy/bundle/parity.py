@@ -13,6 +13,8 @@ from dendsam_deploy.bundle.manifest import PRECISIONS, Precision
 from dendsam_deploy.errors import BundleError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dendsam_deploy.bundle.manifest import Manifest
 
 Reference = Literal["torch", "stored", "fp32"]
@@ -54,6 +56,8 @@ class ParityRow:
         The judgement.
     reference : str
         ``torch``, ``stored`` or ``fp32``.
+    machine : str
+        What computed: the instruction sets of the processor, or the GPU. Empty where it is not recorded.
     """
 
     level: int
@@ -66,6 +70,7 @@ class ParityRow:
     limit: float | None
     passed: bool
     reference: Reference
+    machine: str = ""
 
     @property
     def combination(self) -> Combination:
@@ -131,6 +136,20 @@ class ParityReport:
         """The combinations that were judged and of which every row passed."""
         failed = {row.combination for row in self.failures}
         return tuple(combination for combination in self.combinations if combination not in failed)
+
+    def proven_on(self, machine_of: Callable[[str], str]) -> tuple[Combination, ...]:
+        """Return the combinations whose proof holds on a machine.
+
+        Every processor computes fp32 alike. At half precision and in 8 bits results depend on its instructions: one
+        that has none for bf16 computes in fp32 instead, and sums of 8-bit products saturate on some.
+
+        Parameters
+        ----------
+        machine_of : callable
+            Takes a device and returns what `ParityRow.machine` would say about it.
+        """
+        machines = {row.combination: row.machine for row in self.rows}
+        return tuple(c for c in self.proven if c.precision == "fp32" or machines[c] in ("", machine_of(c.device)))
 
     def failures_of(
         self, engine: str | None = None, device: str | None = None, precision: Precision | None = None

@@ -37,10 +37,11 @@ from dendsam_deploy.pipeline.decode import (
 )
 from dendsam_deploy.pipeline.detect import DetectOptions, detect_objects
 from dendsam_deploy.pipeline.prepare import PreparedSlice
+from dendsam_deploy.runtimes.choice import machine_of
 from dendsam_deploy.runtimes.runner import share_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -88,7 +89,7 @@ def compare_session(
     inputs = truth.inputs
     if not all(1 <= count <= len(inputs.boxes) for count in box_counts):
         raise InvalidArgumentError(f"box counts {box_counts} do not fit the reference's {len(inputs.boxes)} boxes")
-    rows: list[ParityRow] = []
+    findings: list[Finding] = []
     prepared = PreparedSlice(stacked_plan(inputs), inputs.tiles, inputs.sizes)
     with ExitStack() as stack:
         together = share_memory(session.encoder, session.decoder)
@@ -96,9 +97,10 @@ def compare_session(
             stack.enter_context(session)
         bench = _Bench(session, truth, box_counts, prepared, nullcontext if together else _entered, tell)
         try:
-            rows.extend(judge(finding, session, truth) for finding in _findings(bench))
+            findings.extend(_findings(bench))
         except InvalidArgumentError:  # an input of the contract was refused
-            rows.append(judge(Finding(2, "chain", "calls_refused", 1), session, truth))
+            findings.append(Finding(2, "chain", "calls_refused", 1))
+    rows = judge(findings, session, truth)
     return ParityReport(tuple(sorted(rows, key=lambda row: row.level)))
 
 
@@ -209,20 +211,26 @@ def _masks(decoder: Runner, embeddings: Embeddings, detections: Detections, benc
     return decode_masks(boxes, box_index, tile_index, embeddings, BoxDecoder(decoder, options))
 
 
-def judge(finding: Finding, session: Session, truth: Truth) -> ParityRow:
-    """Judge one finding by the limit of the precision at which its graph ran."""
-    own = next((r.spec.precision for r in session.runners if r.spec.role == finding.graph), session.precision)
-    limit, passed = METRICS[finding.metric].judge(finding.value, own)
-    reference = finding.reference or (truth.detector_from if finding.graph == "detector" else truth.sam_from)
-    return ParityRow(
-        level=finding.level,
-        graph=finding.graph,
-        engine=session.engine,
-        device=session.device,
-        precision=session.precision,
-        metric=f"{finding.metric}:{finding.detail}" if finding.detail else finding.metric,
-        value=float(finding.value),
-        limit=limit,
-        passed=passed,
-        reference=reference,
-    )
+def judge(findings: Iterable[Finding], session: Session, truth: Truth) -> tuple[ParityRow, ...]:
+    """Judge findings by the limits of the precision at which their graphs ran."""
+    precisions = {runner.spec.role: runner.spec.precision for runner in session.runners}
+    machine = machine_of(session.device)
+    rows = []
+    for finding in findings:
+        own = next((at for role, at in precisions.items() if role == finding.graph), session.precision)
+        limit, passed = METRICS[finding.metric].judge(finding.value, own)
+        row = ParityRow(
+            level=finding.level,
+            graph=finding.graph,
+            engine=session.engine,
+            device=session.device,
+            precision=session.precision,
+            metric=f"{finding.metric}:{finding.detail}" if finding.detail else finding.metric,
+            value=float(finding.value),
+            limit=limit,
+            passed=passed,
+            reference=finding.reference or (truth.detector_from if finding.graph == "detector" else truth.sam_from),
+            machine=machine,
+        )
+        rows.append(row)
+    return tuple(rows)

@@ -155,7 +155,7 @@ def _judged(subject: _Subject, combination: Combination, tell: Callable[[str], N
         findings = _scored(session, subject, subject.slices, combination)
     except (MissingCapabilityError, BundleError) as error:
         return ParityReport((), (NotJudged(*combination, reason=str(error)),))
-    return ParityReport(report.rows + tuple(judge(finding, session, subject.truth) for finding in findings))
+    return ParityReport(report.rows + judge(findings, session, subject.truth))
 
 
 def _scored(

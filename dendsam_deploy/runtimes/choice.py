@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
+from dendsam_deploy.bundle.latency import BENCHMARK_FILE, graph_digests, latency_from_json
 from dendsam_deploy.bundle.manifest import PRECISIONS
 from dendsam_deploy.bundle.parity import Combination
-from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError
+from dendsam_deploy.errors import InputFileError, InvalidArgumentError, MissingCapabilityError
+from dendsam_deploy.host import differences, examine_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -107,6 +110,30 @@ def combinations_on_offer(
     return offered
 
 
+def times_measured_here(bundle: Bundle) -> Timings:
+    """Return the times that `benchmark` left in a bundle, if they are about these graphs and a machine like this one.
+
+    A file that cannot be read counts as none: times only decide between combinations that are proven alike, and a
+    bundle must stay usable when a later version writes them differently.
+    """
+    path = bundle.path / BENCHMARK_FILE
+    try:
+        report = latency_from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError, InputFileError):
+        return {}
+    is_about_this = report.graphs == graph_digests(bundle.manifest)
+    return report.slice_ms if is_about_this and not differences(report.host, examine_host().to_document()) else {}
+
+
+def machine_of(device: str) -> str:
+    """Return what computes on a device of this machine: the processor's instruction sets, or the name of the GPU."""
+    host = examine_host()
+    if device == "cpu":
+        return " ".join((host.architecture, *host.instructions))
+    index = int(device.partition(":")[2] or 0)
+    return host.gpus[index] if index < len(host.gpus) else device
+
+
 def _is_wished(engine: str, wishes: SessionOptions) -> bool:
     """Tell whether wishes allow an engine."""
     return wishes.engine == engine or (wishes.engine == "auto" and engine not in _ONLY_ON_REQUEST)
@@ -137,7 +164,7 @@ def choose(
         Where none of them works here.
     """
     parity = bundle.parity
-    known = () if parity is None else parity.proven
+    known = () if parity is None else parity.proven_on(cache(machine_of))
     proven = [combination for combination in offered if combination in known]
     ranked = _ranked(proven, timings_ms)
     others = _unproven(offered, proven, parity)

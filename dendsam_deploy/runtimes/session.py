@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from dendsam_deploy.progress import ProgressCallback, no_progress
-from dendsam_deploy.runtimes.choice import Choice, choose, combinations_on_offer, nothing_works
+from dendsam_deploy.runtimes.choice import Choice, choose, combinations_on_offer, nothing_works, times_measured_here
 from dendsam_deploy.runtimes.probe import why_not
 
 if TYPE_CHECKING:
@@ -149,11 +149,12 @@ def open_session(bundle: Bundle, options: SessionOptions) -> Session:
     ...     segment_volume("ca1.tif", session, SegmentOptions())
     """
     offered = combinations_on_offer(bundle.manifest, options, tuple(ENGINES))
+    times_ms = times_measured_here(bundle)
     if len({(engine, device) for engine, device, _ in offered}) == 1:
         # There is no other engine to turn to, so the reason for which this one fails is the best message.
-        choice = choose(bundle, offered, lambda engine, device: None, {})
+        choice = choose(bundle, offered, lambda engine, device: None, times_ms)
     else:
-        choice = choose(bundle, offered, lambda engine, device: why_not(ENGINES[engine], device, options), {})
+        choice = choose(bundle, offered, lambda engine, device: why_not(ENGINES[engine], device, options), times_ms)
     return session_on(bundle, choice, options)
 
 

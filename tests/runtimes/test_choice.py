@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 
 from dendsam_deploy.bundle.bundle import Bundle
+from dendsam_deploy.bundle.latency import BENCHMARK_FILE, LatencyReport, LatencyRow, graph_digests, latency_to_json
 from dendsam_deploy.bundle.manifest import Decoding, GraphSpec, Manifest, Preprocessing, Thresholds
 from dendsam_deploy.bundle.parity import Combination, ParityReport, ParityRow
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError
+from dendsam_deploy.host import examine_host
 from dendsam_deploy.runtimes import session
-from dendsam_deploy.runtimes.choice import PLACES, choose, combinations_on_offer
+from dendsam_deploy.runtimes.choice import PLACES, choose, combinations_on_offer, machine_of, times_measured_here
 from dendsam_deploy.runtimes.session import ENGINES, SessionOptions
 
 EVERY = tuple(ENGINES)
@@ -102,6 +105,19 @@ def test_only_proven_combinations_are_taken():
     assert chosen(a_bundle(proven=(ORT,)), {VINO: 1.0, ORT: 9.0}) == ORT, "fast, but not proven"
 
 
+def test_a_proof_of_reduced_precision_holds_for_the_processor_that_gave_it():
+    """One without bf16 instructions computes a bf16 graph in fp32, and proves nothing about one that has them."""
+    parity = a_bundle(proven=(VINO_BF16, ORT)).parity
+    assert parity is not None
+
+    def proven_by(machine: str) -> Bundle:
+        return replace(a_bundle(), parity=ParityReport(tuple(replace(row, machine=machine) for row in parity.rows)))
+
+    times = {VINO_BF16: 1.0, ORT: 2.0}
+    assert chosen(proven_by(machine_of("cpu")), times) == VINO_BF16
+    assert chosen(proven_by("abacus"), times) == ORT, "fp32 is the same everywhere"
+
+
 def test_without_measurements_gpus_and_fp32_on_cpus_are_preferred():
     assert chosen(a_bundle(proven=(ORT, VINO_BF16, VINO, GPU, TRT))) == TRT
     assert chosen(a_bundle(proven=(ORT, VINO_BF16, VINO))) == VINO
@@ -112,6 +128,57 @@ def test_measured_times_decide():
     choice = choose(bundle, OFFERED, everything_works, {VINO: 20.0, VINO_BF16: 10.0, ORT: 30.0})
     assert (choice.combination, choice.is_proven) == (VINO_BF16, True)
     assert choice.reason == "the fastest of 3 that were measured here"
+
+
+def measured(bundle: Bundle, **changes) -> None:
+    """Put a benchmark of all combinations on the CPU into a bundle; openvino in bf16 was the fastest."""
+    rows = tuple(
+        LatencyRow(
+            "slice",
+            "slice",
+            *combination,
+            batch=1,
+            unit="slice",
+            boxes=4,
+            objects=None,
+            samples_ms=(ms,),
+            warmup_ms=(),
+            median_ms=ms,
+            p90_ms=ms,
+            p99_ms=ms,
+            mad_ms=0.0,
+            per_second=1000 / ms,
+        )
+        for combination, ms in ((VINO, 20.0), (VINO_BF16, 10.0), (ORT, 30.0))
+    )
+    report = LatencyReport(
+        bundle="toy",
+        graphs=graph_digests(bundle.manifest),
+        created_utc="",
+        host=examine_host().to_document(),
+        command="",
+        settings={},
+        combinations=(),
+        rows=rows,
+        ratios=(),
+        matrix_peaks=(),
+        estimates=(),
+        left_out=(),
+    )
+    (bundle.path / BENCHMARK_FILE).write_text(latency_to_json(replace(report, **changes)))
+
+
+def test_a_benchmark_of_this_machine_and_these_graphs_decides(tmp_path: Path):
+    bundle = replace(a_bundle(proven=(ORT, VINO_BF16, VINO)), path=tmp_path)
+    assert times_measured_here(bundle) == {}
+    measured(bundle)
+    assert times_measured_here(bundle) == {VINO: 20.0, VINO_BF16: 10.0, ORT: 30.0}
+    measured(bundle, host=examine_host().to_document() | {"cpu_cores": 1000})
+    assert times_measured_here(bundle) == {}, "another machine"
+    measured(bundle, graphs={"encoder.onnx": "0"})
+    assert times_measured_here(bundle) == {}, "other graphs"
+    (tmp_path / BENCHMARK_FILE).write_text("{")
+    assert times_measured_here(bundle) == {}, "no reason not to segment"
 
 
 def test_a_gpu_that_was_not_measured_is_not_slower_than_a_processor_that_was():
