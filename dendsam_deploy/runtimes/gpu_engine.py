@@ -20,13 +20,13 @@ from dendsam_deploy.runtimes.gpu_engine_plan import (
     MOST_BOXES,
     MOST_TILES,
     batch_size,
-    check_inputs,
     empty_outputs,
     gpu_index,
     make_profiles,
     split_calls,
 )
 from dendsam_deploy.runtimes.gpu_memory import Block, DeviceTensor, open_gpu
+from dendsam_deploy.runtimes.runner import check_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

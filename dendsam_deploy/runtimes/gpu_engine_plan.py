@@ -142,31 +142,6 @@ def gpu_index(device: str) -> int:
     return int(match[1] or 0)
 
 
-def check_inputs(inputs: Mapping[str, Tensor], spec: GraphSpec, where: str) -> None:
-    """Raise unless inputs are the contract's: names, dtypes, fixed axes, and equal lengths of axes of one name.
-
-    Raises
-    ------
-    InvalidArgumentError
-        Names `where`, what was found and what was expected.
-    """
-    lengths: dict[str, int] = {}
-    for tensor in spec.inputs:
-        given = inputs.get(tensor.name)
-        wanted = f"{tensor.dtype}{list(tensor.shape)}"
-        if given is None:
-            raise InvalidArgumentError(f"{where}: the input {tensor.name!r} is missing, expected {wanted}")
-        fits = given.dtype.name == tensor.dtype and len(given.shape) == len(tensor.shape)
-        for have, want in zip(given.shape, tensor.shape, strict=False):
-            fits = fits and have == (lengths.setdefault(want, have) if isinstance(want, str) else want)
-        if not fits or (isinstance(given, np.ndarray) and not given.flags.c_contiguous):
-            found = f"{given.dtype}{list(given.shape)}"
-            known = "".join(f", {name} = {length}" for name, length in lengths.items())
-            raise InvalidArgumentError(
-                f"{where}: the input {tensor.name!r} is {found}, expected contiguous {wanted}{known}"
-            )
-
-
 @dataclass(frozen=True, slots=True)
 class Call:
     """One execution of the graph, a part of what was asked for.

@@ -11,6 +11,7 @@ import onnxruntime
 
 from dendsam_deploy.errors import InvalidArgumentError
 from dendsam_deploy.runtimes.portable import OnnxRunner, RunnerOptions
+from dendsam_deploy.runtimes.runner import check_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dendsam_deploy.bundle.manifest import GraphSpec, TensorSpec
+    from dendsam_deploy.bundle.manifest import GraphSpec
     from dendsam_deploy.runtimes.runner import Resident, Tensor
 
 _ROWS_PER_CALL = {"detector": 4, "encoder": 4, "decoder": 64}
@@ -99,9 +100,13 @@ class BoundRunner(OnnxRunner):
         with self._guarded():
             binding = self._binding(inputs)
             for output in self.spec.outputs:
-                target = outputs.get(output.name)
-                self._check(target, output)
-                held = self._own(target, output)
+                held = self._own(outputs.get(output.name), output.name)
+                if held.dtype.name != output.dtype or len(held.shape) != len(output.shape):
+                    found = f"{held.dtype}{list(held.shape)}"
+                    raise InvalidArgumentError(
+                        f"{self._path}: room for {output.name!r} is {found}, expected {output.dtype}"
+                        f"{list(output.shape)}; take it from `allocate`"
+                    )
                 binding.bind_output(output.name, *self._place, held.dtype.type, held.shape, held.address)
             self._execute(binding)
 
@@ -146,37 +151,23 @@ class BoundRunner(OnnxRunner):
     def _binding(self, inputs: Mapping[str, Tensor]) -> onnxruntime.IOBinding:
         """Bind the inputs where they are. A binding lives for one call: it holds on to the arrays that it has seen."""
         binding = self._open_session().io_binding()
+        # Checked here because a binding reports everything, a wrong input and a full memory, by one exception.
+        check_inputs(inputs, self.spec, str(self._path))
         for tensor in self.spec.inputs:
-            value = inputs.get(tensor.name)
-            # Checked here because a binding reports everything, a wrong input and a full memory, by one exception.
-            self._check(value, tensor)
+            value = inputs[tensor.name]
             if isinstance(value, np.ndarray):
                 binding.bind_cpu_input(tensor.name, value)
             else:
-                held = self._own(value, tensor)
+                held = self._own(value, tensor.name)
                 binding.bind_input(tensor.name, *self._place, held.dtype.type, held.shape, held.address)
         return binding
 
-    def _own(self, tensor: Tensor | None, spec: TensorSpec) -> DeviceTensor:
+    def _own(self, tensor: Tensor | None, name: str) -> DeviceTensor:
         """Return a resident of this engine and device."""
         if not isinstance(tensor, DeviceTensor) or tensor.memory.device_name() != self._place[0]:
-            raise InvalidArgumentError(
-                f"{self._path}: {spec.name!r} lies on another engine or device; run all graphs on {self.device}"
-            )
+            found = "missing" if tensor is None else "on another engine or device"
+            raise InvalidArgumentError(f"{self._path}: {name!r} is {found}; run all graphs on {self.device}")
         return tensor
-
-    def _check(self, tensor: Tensor | None, spec: TensorSpec) -> None:
-        """Raise unless a tensor is there and of the dtype and shape that the graph declares."""
-        if tensor is None:
-            raise InvalidArgumentError(f"{self._path}: the input {spec.name!r} is missing")
-        shape = tensor.shape
-        fits = len(shape) == len(spec.shape) and all(
-            have == want for have, want in zip(shape, spec.shape, strict=True) if isinstance(want, int)
-        )
-        if not fits or tensor.dtype.name != spec.dtype:
-            raise InvalidArgumentError(
-                f"{self._path}: {spec.name!r} is {tensor.dtype}{list(shape)}, expected {spec.dtype}{list(spec.shape)}"
-            )
 
     def _execute(self, binding: onnxruntime.IOBinding) -> None:
         """Run and wait until the outputs are there."""

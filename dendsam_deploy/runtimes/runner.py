@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeGuard
 
+import numpy as np
+
+from dendsam_deploy.errors import InvalidArgumentError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
     from typing import Self
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from dendsam_deploy.bundle.manifest import GraphSpec
@@ -123,6 +126,31 @@ def share_memory(*runners: Runner) -> bool:
     """Tell whether tensors can pass between runners without leaving the device."""
     places = {(runner.engine, runner.device) for runner in runners}
     return len(places) == 1 and all(map(keeps_tensors, runners))
+
+
+def check_inputs(inputs: Mapping[str, Tensor], spec: GraphSpec, where: str) -> None:
+    """Raise unless inputs are the contract's: names, dtypes, fixed axes, and equal lengths of axes of one name.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Names `where`, what was found and what was expected.
+    """
+    lengths: dict[str, int] = {}
+    for tensor in spec.inputs:
+        given = inputs.get(tensor.name)
+        wanted = f"{tensor.dtype}{list(tensor.shape)}"
+        if given is None:
+            raise InvalidArgumentError(f"{where}: the input {tensor.name!r} is missing, expected {wanted}")
+        fits = given.dtype.name == tensor.dtype and len(given.shape) == len(tensor.shape)
+        for have, want in zip(given.shape, tensor.shape, strict=False):
+            fits = fits and have == (lengths.setdefault(want, have) if isinstance(want, str) else want)
+        if not fits or (isinstance(given, np.ndarray) and not given.flags.c_contiguous):
+            found = f"{given.dtype}{list(given.shape)}"
+            known = "".join(f", {name} = {length}" for name, length in lengths.items())
+            raise InvalidArgumentError(
+                f"{where}: the input {tensor.name!r} is {found}, expected contiguous {wanted}{known}"
+            )
 
 
 class CallableRunner:

@@ -20,7 +20,6 @@ from dendsam_deploy.runtimes.gpu_engine_plan import (
     MOST_TILES,
     Bounds,
     RecordedShapes,
-    check_inputs,
     choose_profile,
     count_fused_attention,
     empty_outputs,
@@ -31,6 +30,7 @@ from dendsam_deploy.runtimes.gpu_engine_plan import (
     split_calls,
 )
 from dendsam_deploy.runtimes.portable import OnnxRunner, RunnerOptions
+from dendsam_deploy.runtimes.runner import check_inputs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

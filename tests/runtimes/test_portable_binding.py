@@ -113,7 +113,7 @@ def test_memory_lives_as_long_as_a_view_of_it(double: BoundRunner):
     ("inputs", "message"),
     [
         ({}, "'tiles' is missing"),
-        ({"tiles": np.zeros((1, 2, 3), np.float32)}, r"float32\[1, 2, 3\], expected uint8\['b', 2, 3\]"),
+        ({"tiles": np.zeros((1, 2, 3), np.float32)}, r"float32\[1, 2, 3\], expected contiguous uint8\['b', 2, 3\]"),
         ({"tiles": np.zeros((1, 2, 4), np.uint8)}, r"uint8\[1, 2, 4\], expected"),
         ({"tiles": np.zeros((2, 3), np.uint8)}, r"uint8\[2, 3\], expected"),
     ],
