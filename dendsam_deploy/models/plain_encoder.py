@@ -25,9 +25,9 @@ for each column of the keys. It is computed in either of two exact ways:
     ``[q, q R_h, q R_w] . [s k, onehot(row), onehot(column)]`` is the same number as one product of wider heads, and
     what is left is attention without a mask, for which GPUs have fused kernels.
 
-At half precision the linear layers and attention are half. The residual stream, which overflows fp16 in some
-checkpoints and wears bf16 down, the norms and the two convolutions, which take a hundredth of the time and have no bf16
-in ONNX before opset 22, stay in float32.
+At half precision the linear layers and attention of the blocks are half. The residual stream, which overflows fp16 in
+some checkpoints and wears bf16 down, the norms, the patch embedding and the neck, which take a hundredth of the time,
+stay in float32.
 
 References
 ----------
@@ -77,13 +77,12 @@ class PlainEncoder(nn.Module):
     def __init__(self, sam: Sam, attention: AttentionForm, compute: torch.dtype = torch.float32) -> None:
         super().__init__()
         encoder = sam.image_encoder
-        self.compute = compute
         self.grid = encoder.img_size // EMBEDDING_STRIDE_PX
         self.patches = _grey_patch_embedding(sam)
         self.position = nn.Parameter(encoder.pos_embed.detach().clone())
         self.blocks = nn.ModuleList(_Block(block, self.grid, attention, compute) for block in encoder.blocks)
         narrow, narrow_norm, spread, spread_norm = encoder.neck
-        self.narrow = _linear(narrow.weight.detach()[:, :, 0, 0], None).to(compute)
+        self.narrow = _linear(narrow.weight.detach()[:, :, 0, 0], None)
         self.narrow_norm = _layer_norm(narrow_norm)
         self.spread = copy.deepcopy(spread)
         self.spread_norm = _layer_norm(spread_norm)
@@ -97,8 +96,7 @@ class PlainEncoder(nn.Module):
         x = self.patches(planes).permute(0, 2, 3, 1) + self.position
         for block in self.blocks:
             x = block(x)
-        x = self.narrow_norm(self.narrow(x.to(self.compute)).to(torch.float32))
-        x = self.spread(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = self.spread(self.narrow_norm(self.narrow(x)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         embeddings: Tensor = self.spread_norm(x).permute(0, 3, 1, 2)
         return embeddings
 
