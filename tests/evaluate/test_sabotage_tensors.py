@@ -29,9 +29,9 @@ def test_the_graphs_themselves_pass(session, truth):
 @pytest.mark.parametrize(
     ("place", "metric"),
     [
-        ("encoder:mean", "padded_tile_relative_max"),
-        ("encoder:std", "embedding_relative_max"),
-        ("encoder:patch_embed.proj.weight", "embedding_relative_max"),
+        ("encoder:patches.weight", "padded_tile_relative_max"),
+        ("encoder:position", "embedding_relative_max"),
+        ("encoder:blocks.3.norm1.weight", "embedding_relative_max"),
         ("decoder:no_mask_embed.weight", "logits_max_over_std"),
         ("decoder:positional_encoding_gaussian_matrix", "logits_max_over_std"),
         ("decoder:output_hypernetworks_mlps.0.layers.2.weight", "logits_max_over_std"),

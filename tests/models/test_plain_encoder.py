@@ -12,6 +12,7 @@ FORMS = ("added", "widened")
 
 def random_sam(model_type, side):
     """A SAM of which no parameter is zero or one, as position tables, biases and norms are in a new one."""
+    torch.manual_seed(1)
     sam = build_sam(model_type, side)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -116,7 +117,7 @@ def test_the_comparison_notices(sam, tiles, mistake):
 def test_a_bias_of_the_keys_changes_nothing(sam, tiles):
     """What the graph leaves out, segment_anything's own encoder can do without as well."""
     without = mutated(lambda e: [block.attn.qkv.bias[192:384].zero_() for block in e.blocks])
-    assert relative(encode_tiles(without, tiles, SIZES), encode_tiles(sam, tiles, SIZES)) < 1e-4
+    assert relative(encode_tiles(without, tiles, SIZES), encode_tiles(sam, tiles, SIZES)) < 1e-5
 
 
 def test_mobile_sam_has_another_encoder(sam):

@@ -31,7 +31,7 @@ def test_the_package_is_named_with_the_line_that_installs_it(exported: Exported,
 @without_tensorrt
 def test_the_command_ends_with_exit_code_3(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(exported.bundle), "--engine", "tensorrt"]) == 3
-    assert "pip install 'dendsam-deploy[tensorrt]'" in capsys.readouterr().err
+    assert "tensorrt on cuda:0: " in capsys.readouterr().err
 
 
 def test_the_cpu_is_refused(exported: Exported) -> None:
