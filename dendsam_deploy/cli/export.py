@@ -65,7 +65,8 @@ def export(context: click.Context, sam: Path, out: Path, no_verify: bool, json_f
         judges = Judges(None if no_verify else gate, time_encoder)
         bundle = Bundle.open(export_bundle(options, judges, progress, console.note))
     graphs = ", ".join(graph.files[0].file.removesuffix(".onnx") for graph in bundle.manifest.graphs)
-    proof = "unproven" if bundle.parity is None else f"{len(bundle.parity.rows)} comparisons with the weights passed"
+    passed = 0 if bundle.parity is None else sum(row.passed for row in bundle.parity.rows)
+    proof = "unproven" if bundle.parity is None else f"{passed} comparisons with the weights passed"
     document = {
         "bundle": str(bundle.path),
         "name": bundle.manifest.name,

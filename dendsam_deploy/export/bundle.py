@@ -15,9 +15,19 @@ from dendsam_deploy.bundle.writer import BundleWriter
 from dendsam_deploy.durable import storage_errors
 from dendsam_deploy.errors import InvalidArgumentError, ParityError
 from dendsam_deploy.export.attention import Stopwatch, choose_attention
-from dendsam_deploy.export.draft import Draft, Gate, Weights, decoder_graph, differences, encoder_graph
+from dendsam_deploy.export.draft import (
+    Draft,
+    Gate,
+    Weights,
+    decoder_graph,
+    differences,
+    encoder_graph,
+    failed_engines,
+    is_refused,
+)
 from dendsam_deploy.export.model_card import TrainingFacts
 from dendsam_deploy.export.options import DEFAULT_THRESHOLDS, ExportOptions
+from dendsam_deploy.export.parser_support import unsupported_nodes
 from dendsam_deploy.export.precision import Rung, Tell, with_precision
 from dendsam_deploy.export.reference import ReferenceOptions, checkpoint_digest, reference_inputs, sam_outputs
 from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX, default_overlap_px
@@ -96,14 +106,16 @@ def export_bundle(
         draft.describe()
         _step(progress, "verifying")
         draft, found = draft.judged("fp32")
-        if found.failures:
+        if is_refused(found):
             raise ParityError(
-                f"{options.out}: the graphs differ from their weights in {differences(found)}; nothing was published "
-                "(--no-verify publishes it as unproven)"
+                f"{options.out}: {differences(found)}; nothing was published (--no-verify publishes it as unproven)"
             )
+        for sentence in failed_engines(found):
+            tell(sentence)
         _step(progress, "other precisions")
         for precision in options.precisions:
             draft = with_precision(draft, precision, tell)
+        _tell_what_tensorrt_refuses(draft, tell)
         draft.record_proof()
     progress(Progress("export", len(_STEPS), len(_STEPS), str(options.out)))
     return options.out
@@ -202,6 +214,16 @@ def _manifest(options: ExportOptions, weights: Weights, source: Source, graphs: 
         producers={"dendsam-deploy": __version__} | {package: metadata.version(package) for package in _PRODUCERS},
         extra_files=(),
     )
+
+
+def _tell_what_tensorrt_refuses(draft: Draft, tell: Tell) -> None:
+    """Say which graphs a GPU will have to run on another engine, as a detector from elsewhere may have to."""
+    for graph in draft.manifest.graphs:
+        # Quantised inputs are uint8, which CPUs are fastest with and TensorRT does not take: int8 is for CPUs.
+        refused = [] if graph.precision == "int8" else unsupported_nodes(draft.writer.folder / graph.files[0].file)
+        if refused:
+            more = f", and {len(refused) - 1} more" if len(refused) > 1 else ""
+            tell(f"{graph.files[0].file}: TensorRT's parser will refuse it ({refused[0]}{more})")
 
 
 def _step(progress: ProgressCallback, name: str) -> None:

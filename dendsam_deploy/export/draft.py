@@ -125,10 +125,24 @@ def detector_graphs(weights: Weights, rung: Rung, folder: Path) -> tuple[GraphSp
     return () if graph is None else (graph,)
 
 
+def is_refused(report: ParityReport) -> bool:
+    """Tell whether a precision was judged and passed on no engine at all."""
+    return bool(report.rows) and not report.proven
+
+
+def failed_engines(report: ParityReport) -> list[str]:
+    """Return a sentence for each engine that failed where another one passed."""
+    return [
+        f"{combination} {differences(ParityReport(report.failures_of(*combination)))}; it is not proven there"
+        for combination in report.combinations
+        if report.proven and combination not in report.proven
+    ]
+
+
 def differences(report: ParityReport) -> str:
     """Say in how many checks a report failed, and name the first of them."""
     worst = "; ".join(
         f"{row.graph} {row.metric} {row.value:.3g} (limit {'none' if row.limit is None else f'{row.limit:g}'})"
         for row in report.failures[:3]
     )
-    return f"{len(report.failures)} of {len(report.rows)} checks: {worst}"
+    return f"differs from the weights in {len(report.failures)} of {len(report.rows)} checks: {worst}"

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from dendsam_deploy.errors import InvalidArgumentError
-from dendsam_deploy.export.draft import decoder_graph, detector_graphs, differences, encoder_graph
+from dendsam_deploy.export.draft import (
+    decoder_graph,
+    detector_graphs,
+    differences,
+    encoder_graph,
+    failed_engines,
+    is_refused,
+)
 from dendsam_deploy.export.quantise import with_int8
 from dendsam_deploy.models.plain_encoder import is_plain
 
@@ -100,10 +107,12 @@ def _with_rung(draft: Draft, rung: Rung, tell: Tell) -> Draft | None:
         *detector_graphs(draft.weights, rung, folder),
     )
     candidate, found = draft.with_graphs(made).judged(rung.precision)
-    if found.failures:
-        tell(f"{rung} differs from the weights in {differences(found)}; not published")
+    if is_refused(found):
+        tell(f"{rung} {differences(found)}; not published")
         draft.discard(made)
         return None
+    for sentence in failed_engines(found):
+        tell(sentence)
     if draft.gate is not None and not found.rows:
         tell(
             f"{rung}: no engine of this machine runs it, so it is unproven; run `dendsam-deploy verify` where one does"

@@ -20,7 +20,7 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from dendsam_deploy.errors import BundleError
-from dendsam_deploy.export.draft import differences
+from dendsam_deploy.export.draft import differences, failed_engines, is_refused
 from dendsam_deploy.export.graphs import GraphExport, describe_graph
 from dendsam_deploy.export.reference import ReferenceOptions, reference_inputs
 
@@ -78,11 +78,13 @@ def with_int8(draft: Draft, tell: Callable[[str], None]) -> Draft:
     for name, is_quantised in _MIXTURES:
         made = quantised(folder / source.files[0].file, folder / export.file, export, tiles, is_quantised)
         candidate, found = draft.with_graphs((made,)).judged("int8")
-        if not found.failures:
+        if not is_refused(found):
+            for sentence in failed_engines(found):
+                tell(sentence)
             if draft.gate is not None and not found.rows:
                 tell("int8: no engine of this machine runs it, so it is unproven; run `dendsam-deploy verify`")
             return candidate
-        tell(f"int8 in {name} differs from the weights in {differences(found)}; not published")
+        tell(f"int8 in {name} {differences(found)}; not published")
         draft.discard((made,))
     tell("int8: no mixture passed its proof; the bundle does without")
     return draft
