@@ -36,8 +36,9 @@ PLACES = (
 )
 """Which engine runs on which kind of device, the preferred one first: what decides where nothing was measured."""
 
-_ONLY_ON_REQUEST = frozenset({"onnxruntime+tensorrt"})
-"""It compiles every graph anew in every session, which takes minutes; ``tensorrt`` does so once."""
+_ONLY_ON_REQUEST = frozenset({("cuda", "onnxruntime+tensorrt"), ("cpu", "torch")})
+"""One compiles every graph anew in every session, which takes minutes where ``tensorrt`` does so once; the other takes
+several times as long as the engines that are made for processors."""
 
 _FASTEST_FIRST: Mapping[str, tuple[Precision, ...]] = {
     "cuda": ("bf16", "fp16", "fp32", "int8"),
@@ -97,7 +98,7 @@ def combinations_on_offer(
     offered = tuple(
         Combination(engine, devices[kind], precision)
         for kind, engine in PLACES
-        if kind in devices and engine in engines and _is_wished(engine, wishes)
+        if kind in devices and engine in engines and _is_wished((kind, engine), wishes)
         for precision in _FASTEST_FIRST[kind]
         if precision in precisions
     )
@@ -134,9 +135,9 @@ def machine_of(device: str) -> str:
     return host.gpus[index] if index < len(host.gpus) else device
 
 
-def _is_wished(engine: str, wishes: SessionOptions) -> bool:
-    """Tell whether wishes allow an engine."""
-    return wishes.engine == engine or (wishes.engine == "auto" and engine not in _ONLY_ON_REQUEST)
+def _is_wished(place: tuple[str, str], wishes: SessionOptions) -> bool:
+    """Tell whether wishes allow an engine on a kind of device."""
+    return wishes.engine == place[1] or (wishes.engine == "auto" and place not in _ONLY_ON_REQUEST)
 
 
 def choose(

@@ -252,12 +252,20 @@ def _engine_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Runn
     return EngineRunner(path, spec, EngineOptions(options.device, options.trusted_engines, options.progress))
 
 
+def _captured_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Runner:
+    """Return a runner on torch, which is an extra."""
+    from dendsam_deploy.runtimes.captured import CapturedOptions, CapturedRunner  # noqa: PLC0415  (see above)
+
+    return CapturedRunner(path, spec, CapturedOptions(options.device, options.threads))
+
+
 ENGINES: Mapping[str, RunnerMaker] = MappingProxyType(
     {
         "onnxruntime": _portable_runner,
         "onnxruntime+tensorrt": _planned_runner,
         "openvino": _compiled_runner,
         "tensorrt": _engine_runner,
+        "torch": _captured_runner,
     }
 )
 """Engines by name. A new engine is one file with a runner, one row here, and one in `choice.PLACES`."""

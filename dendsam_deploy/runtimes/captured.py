@@ -1,0 +1,389 @@
+"""torch as an engine: the bundle's graphs, compiled, with fused attention, and on a GPU replayed from a recording."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError
+from dendsam_deploy.runtimes.runner import check_inputs
+
+try:
+    import torch
+
+    from dendsam_deploy.runtimes.captured_attention import AttentionKernel, fuse_attention
+    from dendsam_deploy.runtimes.captured_graph import Graph, read_graph
+    from dendsam_deploy.runtimes.captured_program import program_of
+except ImportError as error:  # also where a shared library of the package is missing
+    raise MissingCapabilityError(
+        f"engine torch: a package does not load ({error}); run: pip install 'dendsam-deploy[train]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+    from numpy.typing import NDArray
+
+    from dendsam_deploy.bundle.manifest import GraphSpec, Role, TensorSpec
+    from dendsam_deploy.runtimes.runner import Resident, Tensor
+
+ENGINE = "torch"
+"""Name of this engine, as on the command line."""
+
+_ROWS_PER_CALL = {"detector": 4, "encoder": 4, "decoder": 64}
+"""Tiles and boxes that fill a GPU; more of them only take more memory."""
+
+_GPU_STEPS: Mapping[Role, Mapping[str, tuple[int, ...]]] = {
+    "detector": {"tiles": (1, 2, 4)},
+    "encoder": {"tiles": (1, 2, 4)},
+    "decoder": {"tiles": (4, 16), "boxes": (16, 64)},
+}
+"""Lengths of axes that a GPU is given, beyond them multiples of the last: each is compiled and recorded by itself, and
+what pads a batch costs little there."""
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedOptions:
+    """How torch executes a graph. What is None is decided by the device.
+
+    Parameters
+    ----------
+    device : str
+        ``cpu``, ``cuda`` or ``cuda:N``.
+    threads : int or None
+        Threads of one operator on the CPU; None leaves it to torch.
+    is_compiled : bool or None
+        Whether programs are compiled; None does so on a GPU. It takes up to a minute for each shape.
+    attention : str or None
+        How attention with relative position is computed, ``in_kernel`` or ``widened``. None takes ``in_kernel`` where
+        programs are compiled, and leaves it as it is in the graph elsewhere.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    is_compiled: bool | None = None
+    attention: AttentionKernel | None = None
+
+
+Program = Callable[..., tuple[torch.Tensor, ...]]
+"""Takes and returns tensors of the device; what it returned is valid until the next program is executed."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTensor:
+    """Rows of a tensor in torch's memory.
+
+    Parameters
+    ----------
+    held : torch.Tensor
+        The rows.
+    """
+
+    held: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self.held.shape)
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        """Type of its elements."""
+        return np.dtype(str(self.held.dtype).removeprefix("torch."))
+
+    def __getitem__(self, rows: slice) -> DeviceTensor:
+        """Return consecutive rows, which share this tensor's memory."""
+        return DeviceTensor(self.held[rows])
+
+    def numpy(self) -> NDArray[np.generic]:
+        """Return a copy in the memory of the host."""
+        return _to_host(self.held)
+
+
+class CapturedRunner:
+    """A graph of a bundle on torch (`runner.ResidentRunner`).
+
+    The graph is translated for each set of shapes that it meets. So that these are few, batches are padded to round
+    numbers, and the padding's results are dropped.
+
+    Parameters
+    ----------
+    path : Path
+        The ONNX file.
+    spec : GraphSpec
+        What the manifest says about it.
+    options : CapturedOptions, optional
+        How to execute it.
+
+    Raises
+    ------
+    InvalidArgumentError
+        For a device that has another name.
+    MissingCapabilityError
+        Where torch does not offer the device.
+    """
+
+    engine = ENGINE
+    borrows_outputs = False
+
+    def __init__(self, path: Path, spec: GraphSpec, options: CapturedOptions | None = None) -> None:
+        self._options = options or CapturedOptions()
+        self.spec = spec
+        self.device = _canonical_device(self._options.device)
+        self._path = path
+        self._graph: Graph | None = None
+        self._weights: dict[str, torch.Tensor] = {}
+        self._programs: dict[tuple[object, ...], Program] = {}
+        self._threads_before: int | None = None
+        self._recorder: _Recorder | None = None
+
+    @property
+    def rows_per_call(self) -> int:
+        """Tiles, or boxes for the decoder, that one call should hold to keep the device busy."""
+        return _ROWS_PER_CALL[self.spec.role]
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[np.generic]]:
+        """Execute the graph once on arrays and residents of exactly the dtypes and shapes of `spec`.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Where an input is missing or of another dtype or shape, or the runner was not entered.
+        MissingCapabilityError
+            Where the machine gives up during the execution, for example for lack of memory.
+        """
+        with self._guarded():
+            return {name: _to_host(values) for name, values in self._execute(inputs).items()}
+
+    def run_into(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Resident]) -> None:
+        """Execute the graph once and write its outputs where they are to stay; raises as `run` does."""
+        with self._guarded():
+            for name, values in self._execute(inputs).items():
+                target = outputs.get(name)
+                if not isinstance(target, DeviceTensor) or target.held.shape != values.shape:
+                    found = "missing" if target is None else f"{type(target).__name__}{list(target.shape)}"
+                    raise InvalidArgumentError(
+                        f"{self._path}: room for {name!r} is {found}, expected {list(values.shape)} from `allocate`"
+                    )
+                target.held.copy_(values)
+            if self.device != "cpu":
+                torch.cuda.synchronize(self.device)
+
+    def upload(self, array: NDArray[np.generic]) -> DeviceTensor:
+        """Copy an array to the device."""
+        with self._guarded():
+            return DeviceTensor(torch.tensor(array, device=self.device))
+
+    def allocate(self, output: str, rows: int) -> DeviceTensor:
+        """Return room for an output of that many rows.
+
+        Raises
+        ------
+        InvalidArgumentError
+            For an output that does not exist, or of which more than the number of rows is open.
+        MissingCapabilityError
+            Where there is no memory for it.
+        """
+        spec = next((spec for spec in self.spec.outputs if spec.name == output), None)
+        row_shape = [length for length in spec.shape[1:] if isinstance(length, int)] if spec else []
+        if spec is None or len(row_shape) < len(spec.shape) - 1:
+            raise InvalidArgumentError(f"{self._path}: {output!r} is no output of which only the rows are open")
+        with self._guarded():
+            dtype = getattr(torch, spec.dtype)
+            return DeviceTensor(torch.empty((rows, *row_shape), dtype=dtype, device=self.device))
+
+    def __enter__(self) -> Self:
+        graph = read_graph(self._path)
+        with self._guarded():
+            self._weights = {name: weight.to(self.device) for name, weight in graph.weights.items()}
+        if self._options.threads is not None:
+            self._threads_before = torch.get_num_threads()
+            torch.set_num_threads(self._options.threads)
+        self._graph = graph
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._graph = None
+        self._weights = {}
+        self._programs = {}
+        self._recorder = None
+        if self._threads_before is not None:
+            torch.set_num_threads(self._threads_before)
+
+    def _execute(self, inputs: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:
+        """Execute a batch of any size and return the outputs, still on the device."""
+        if self._graph is None:
+            raise InvalidArgumentError(f"{self._path}: the runner is not open; use it in a `with` block")
+        check_inputs(inputs, self.spec, str(self._path))
+        lengths = {axis: n for spec in self.spec.inputs for axis, n in _free_axes(spec, inputs[spec.name].shape)}
+        padded = {axis: self._padded(axis, n) for axis, n in lengths.items()}
+        given = {spec.name: self._placed(spec, inputs[spec.name], padded) for spec in self.spec.inputs}
+        numbers = tuple((name, tuple(value.tolist())) for name, value in given.items() if self._is_number(name))
+        key = (numbers, *sorted(padded.items()))
+        program = self._programs.get(key)
+        if program is None:
+            program = self._programs[key] = self._prepared(self._graph, given)
+        results = program(*(given[name] for name in self._graph.inputs if not self._is_number(name)))
+        made = dict(zip(self._graph.outputs, results, strict=True))
+        return {spec.name: made[spec.name][: lengths.get(str(spec.shape[0]))] for spec in self.spec.outputs}
+
+    def _prepared(self, graph: Graph, given: Mapping[str, torch.Tensor]) -> Program:
+        """Translate, fuse, compile and record the graph for some shapes."""
+        described = {
+            name: value if self._is_number(name) else torch.empty_like(value, device="meta")
+            for name, value in given.items()
+        }
+        program = program_of(graph, described, self._weights, torch.device(self.device))
+        is_gpu = self.device != "cpu"
+        is_compiled = is_gpu if self._options.is_compiled is None else self._options.is_compiled
+        attention = self._options.attention or ("in_kernel" if is_compiled else None)
+        if attention is not None:
+            fuse_attention(program, attention)
+        made: Program = torch.compile(program, dynamic=False) if is_compiled else program
+        if not is_gpu:
+            return made
+        self._recorder = self._recorder or _Recorder()
+        return _Replayed(made, self._recorder)
+
+    def _placed(self, spec: TensorSpec, tensor: Tensor, padded: Mapping[str, int]) -> torch.Tensor:
+        """Return an input on the device, padded with zeros; numbers that decide shapes stay on the host."""
+        if isinstance(tensor, DeviceTensor):
+            held = tensor.held
+        elif isinstance(tensor, np.ndarray):
+            held = torch.tensor(tensor, device="cpu" if self._is_number(spec.name) else self.device)
+        else:
+            raise InvalidArgumentError(
+                f"{self._path}: {spec.name!r} lies on another engine or device; run all graphs on {self.device}"
+            )
+        wanted = [padded[n] if isinstance(n, str) else n for n in spec.shape]
+        if list(held.shape) == wanted:
+            return held
+        room = held.new_zeros(wanted)
+        room[tuple(slice(length) for length in held.shape)] = held
+        return room
+
+    def _is_number(self, name: str) -> bool:
+        """Tell whether an input is a number that programs are made for, such as the region of the decoder."""
+        spec = next(spec for spec in self.spec.inputs if spec.name == name)
+        return spec.dtype == "int64" and all(isinstance(length, int) for length in spec.shape)
+
+    def _padded(self, axis: str, length: int) -> int:
+        """Return the next round number."""
+        steps = _GPU_STEPS[self.spec.role].get(axis, (1,)) if self.device != "cpu" else ()
+        if not steps:
+            return 1 << max(length - 1, 0).bit_length()
+        return next((step for step in steps if step >= length), -(-length // steps[-1]) * steps[-1])
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Compute as the graph says, without gradients and shortcuts, and translate torch's exceptions."""
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode())
+                # fp32 means fp32; what may be coarser is exported at another precision.
+                stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
+                if self.device != "cpu":
+                    stack.enter_context(torch.cuda.device(self.device))
+                yield
+        except (IndexError, ValueError) as error:
+            raise InvalidArgumentError(f"{self._path}: an input does not fit the graph ({_line(error)})") from error
+        except (RuntimeError, MemoryError) as error:
+            raise MissingCapabilityError(
+                f"{self._path}: failed on {self.device} ({_line(error)}); free memory or choose another --engine"
+            ) from error
+
+
+class _Recorder:
+    """Records programs on a GPU into memory that they share.
+
+    None of the recordings needs what another left there: their results are copied before the next one is replayed.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def record(self, program: Program, inputs: tuple[torch.Tensor, ...]) -> _Recording:
+        """Execute a program aside, which compiles it and fills the caches of libraries, then record it."""
+        held = tuple(value.clone() for value in inputs)
+        main = torch.cuda.current_stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch declares no types here
+        aside.wait_stream(main)
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                program(*held)
+        main.wait_stream(aside)
+        recording = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recording, self._memory, capture_error_mode="thread_local"):
+            outputs = program(*held)
+        return _Recording(recording, held, outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    """What a GPU replays, and the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[torch.Tensor, ...]
+    outputs: tuple[torch.Tensor, ...]
+
+
+class _Replayed:
+    """A program that is recorded when it is first executed: replaying it costs one launch instead of hundreds."""
+
+    def __init__(self, program: Program, recorder: _Recorder) -> None:
+        self._program, self._recorder = program, recorder
+        self._recording: _Recording | None = None
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Execute the program on copies of the inputs."""
+        if self._recording is None:
+            self._recording = self._recorder.record(self._program, inputs)
+        for held, given in zip(self._recording.inputs, inputs, strict=True):
+            held.copy_(given)
+        self._recording.graph.replay()
+        return self._recording.outputs
+
+
+def _canonical_device(device: str) -> str:
+    """Return ``cpu`` or ``cuda:N`` for a device that torch offers."""
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if match is None:
+        raise InvalidArgumentError(f"device {device!r} is unknown; choose cpu, cuda or cuda:N")
+    if device == "cpu":
+        return device
+    index = int(match[1] or 0)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= count:
+        raise MissingCapabilityError(
+            f"device {device}: torch {torch.__version__} sees {count} GPUs; install a torch for the CUDA version of "
+            "the driver, or choose --device cpu"
+        )
+    return f"cuda:{index}"
+
+
+def _free_axes(spec: TensorSpec, shape: tuple[int, ...]) -> Iterator[tuple[str, int]]:
+    """Yield the names of an input's free axes and their lengths."""
+    for axis, length in zip(spec.shape, shape, strict=True):
+        if isinstance(axis, str):
+            yield axis, length
+
+
+def _to_host(values: torch.Tensor) -> NDArray[np.generic]:
+    """Return a tensor as an array of its own."""
+    array: NDArray[np.generic] = values.cpu().numpy()
+    return array
+
+
+def _line(error: BaseException) -> str:
+    """Return an exception's message as one line."""
+    return " ".join((str(error) or type(error).__name__).split())[:300]
