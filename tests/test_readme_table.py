@@ -1,0 +1,99 @@
+"""The README's table of benchmarks is what the files of results say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPT = REPOSITORY / "benchmarks" / "readme_table.py"
+HOST = {"processor": "Abacus 9", "cpu_cores": 2, "gpus": [], "load_average": 0.1}
+SETTINGS = {"model_type": "vit_b", "image_size_px": 1024, "weights": "random", "repeats": 5}
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("readme_table", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+def compared() -> dict[str, object]:
+    return {
+        "host": HOST,
+        "settings": SETTINGS,
+        "rows": [
+            {"work": "encode a tile", "by": "torch", "median_ms": 15000.0},
+            {"work": "encode a tile", "by": "ours", "median_ms": 5000.0},
+        ],
+        "ratios": [{"work": "encode a tile", "by": "ours", "over": "torch", "value": 3.0, "low": 2.9, "high": 3.1}],
+        "agreement": {"ours": {"mean": 0.99996, "least": 0.999}},
+        "missing": {"ours, int8": "no such graph"},
+    }
+
+
+def grown() -> dict[str, object]:
+    slices = {"sizes": [4, 64], "exponent": 0.98, "linear_misfit": 0.02}
+    slices |= {"memory_mb": [900.0, 909.0], "memory_ratio": 1.01}
+    return {"host": HOST, "settings": SETTINGS, "scaling": {"slices": slices}}
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert script.with_table(readme, script.tables(REPOSITORY / "benchmarks" / "results")) == readme
+
+
+def test_another_number_is_another_readme(tmp_path) -> None:
+    (tmp_path / "against_x.json").write_text(json.dumps(compared()))
+    readme = script.with_table(f"a\n{script.BEGIN}\n{script.END}\nb\n", script.tables(tmp_path))
+    assert script.with_table(readme, script.tables(tmp_path)) == readme
+    document = compared()
+    document["rows"][1]["median_ms"] = 5100.0
+    (tmp_path / "against_x.json").write_text(json.dumps(document))
+    assert script.with_table(readme, script.tables(tmp_path)) != readme
+
+
+def test_what_stands_around_the_markers_stays() -> None:
+    readme = f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n"
+    assert script.with_table(readme, "new\n") == f"before\n{script.BEGIN}\nnew\n{script.END}\nafter\n"
+
+
+@pytest.mark.parametrize("readme", ["", script.BEGIN, script.END + script.BEGIN, 2 * (script.BEGIN + script.END)])
+def test_a_readme_without_its_markers_is_refused(readme) -> None:
+    with pytest.raises(ValueError, match="README"):
+        script.with_table(readme, "")
+
+
+def test_comparisons_and_growth(tmp_path) -> None:
+    assert script.tables(tmp_path) == "No benchmark has been run yet.\n"
+    (tmp_path / "against_x.json").write_text(json.dumps(compared()))
+    (tmp_path / "scaling.json").write_text(json.dumps(grown()))
+    text = script.tables(tmp_path)
+    assert "| encode a tile | torch | 15 s |  |\n" in text
+    assert "| encode a tile | ours | 5 s | 3.00 (2.90 to 3.10) |\n" in text
+    assert "ours: IoU with the predictor's 1.000 on average, at least 0.999" in text
+    assert "not measured: ours, int8: no such graph" in text
+    assert "| slices | 4 | 64 | 0.98 | 2.0% | 900 to 909 MB (1.01 times) |\n" in text
+    assert "Abacus 9, 2 cores" in text
+
+
+def test_reports_of_the_command(tmp_path) -> None:
+    sys.path.append(str(Path(__file__).parent / "evaluate"))
+    from latency_reports import make_report  # noqa: PLC0415 - found by the line above
+
+    (tmp_path / "bundle_x.json").write_text(json.dumps(make_report().to_document()))
+    text = script.tables(tmp_path)
+    assert "| encoder | 1 | openvino cpu fp32 | 100 ms | 102 ms | 10 | 50% |  |\n" in text
+    assert "| slice | 1 | openvino cpu fp32 | 130 ms | 132 ms | 7.69 |  | 1.0 GB |\n" in text
+    assert "slice, openvino cpu fp32: 77% of the throughput of the encoder alone" in text
+    assert "read" not in text
