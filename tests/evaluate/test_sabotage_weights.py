@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from functools import partial
 
 import numpy as np
 import pytest
-from sabotage import failures, from_torch
+from sabotage import Tensors, failures, from_torch, sabotaged
 
 torch = pytest.importorskip("torch")
 from segment_anything.modeling import image_encoder  # noqa: E402 - after the check for torch
@@ -291,3 +292,40 @@ def test_half_precision_has_limits_too(session, truth, sam):
     assert "embedding_relative_rms" in at_bf16(skipped_block)
     assert "logits_rms_over_std" in at_bf16(partial(other_mask_token, 1))
     assert np.isfinite(truth.sam.logits).all()
+
+
+@pytest.mark.parametrize(("precision", "offset"), [("fp16", 1e5), ("bf16", 300.0)])
+def test_a_residual_that_half_precision_cannot_hold_is_found(session, truth, sam, precision, offset):
+    """LayerNorm subtracts what all channels share, in fp32 at least: half throughout, it overflows or is rounded away.
+
+    Published checkpoints reach such magnitudes.
+    """
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+    def lifted(sam) -> None:
+        sam.image_encoder.patch_embed.proj.bias.data += offset
+        neck = sam.image_encoder.neck[0].weight.data
+        neck -= neck.mean(dim=1, keepdim=True)  # blind for what all channels share
+
+    right = from_torch(session, sam, lifted)
+    tiles = {"tiles": truth.inputs.tiles, "sizes": truth.inputs.sizes}
+    expected = dataclasses.replace(truth.sam, embeddings=right.encoder.run(tiles)["embeddings"])
+    truth = dataclasses.replace(truth, sam=expected, detected=None)
+    assert not {metric for metric in failures(right, truth) if metric.startswith(("embedding", "padded", "not_finite"))}
+    narrow = copy.deepcopy(sam)
+    lifted(narrow)
+    narrow.image_encoder.to(dtype)
+
+    @torch.no_grad()
+    def encode_in_half(inputs: Tensors, run: object) -> Tensors:
+        images = [
+            narrow.preprocess(tile[:height, :width].expand(1, 3, -1, -1).float())
+            for tile, (height, width) in zip(torch.tensor(inputs["tiles"]), inputs["sizes"].tolist(), strict=True)
+        ]
+        encoded = [narrow.image_encoder(image.to(dtype)).float() for image in images]
+        return {"embeddings": torch.cat(encoded).numpy()}
+
+    wrong = sabotaged(right, "encoder", encode_in_half)
+    wrong.encoder.spec = dataclasses.replace(wrong.encoder.spec, precision=precision)
+    found = failures(dataclasses.replace(wrong, precision=precision), truth)
+    assert ("not_finite" if precision == "fp16" else "embedding_relative_rms") in found
