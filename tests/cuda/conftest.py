@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dendsam_deploy.runtimes.probe import why_not
+from dendsam_deploy.runtimes.probe import NO_DRIVER, has_nvidia_driver, why_not
 from dendsam_deploy.runtimes.session import ENGINES, SessionOptions
 
 if TYPE_CHECKING:
@@ -23,9 +23,22 @@ def device_of(engine: str) -> str:
 
 
 @pytest.fixture(scope="session")
+def any_gpu() -> None:
+    """An NVIDIA GPU; which engines can use it is another question."""
+    if not has_nvidia_driver():
+        pytest.skip(NO_DRIVER)
+
+
+@pytest.fixture(scope="session")
 def requires_cuda() -> str:
     """A GPU that ONNX Runtime can use."""
     return device_of("onnxruntime")
+
+
+@pytest.fixture(scope="session")
+def requires_torch() -> str:
+    """A GPU that torch can use."""
+    return device_of("torch")
 
 
 @pytest.fixture(scope="session")
@@ -38,18 +51,19 @@ def requires_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
 
 
 @pytest.fixture(scope="session")
-def trained_bundle(requires_cuda: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_bundle(any_gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packaged weights, which know what a dendrite is, exported once for all tests; do not write into it."""
     from dendsam_deploy.export.bundle import export_bundle  # noqa: PLC0415 - loads torch, which a skipped test needs not
     from dendsam_deploy.export.options import ExportOptions  # noqa: PLC0415
     from dendsam_deploy.weights import PACKAGED_DETECTOR, PACKAGED_SAM  # noqa: PLC0415
 
     folder = tmp_path_factory.mktemp("cuda") / "trained"
-    return export_bundle(ExportOptions(PACKAGED_SAM, folder, PACKAGED_DETECTOR))
+    options = ExportOptions(PACKAGED_SAM, folder, PACKAGED_DETECTOR, precisions=("fp16", "bf16", "int8"))
+    return export_bundle(options)
 
 
 @pytest.fixture(scope="session")
-def phantom(requires_cuda: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def phantom(any_gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stack of six synthetic slices of several tiles each."""
     import tifffile  # noqa: PLC0415
 

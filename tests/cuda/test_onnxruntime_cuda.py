@@ -36,7 +36,7 @@ CPU = SessionOptions(engine="onnxruntime", device="cpu", precision="fp32")
 
 
 @pytest.fixture(scope="module")
-def session(trained_bundle: Path, requires_cuda: str) -> Iterator[Session]:
+def session(requires_cuda: str, trained_bundle: Path) -> Iterator[Session]:
     """The trained bundle on the GPU at fp32."""
     with open_session(Bundle.open(trained_bundle), replace(CPU, device=requires_cuda)) as opened:
         yield opened
