@@ -108,16 +108,37 @@ def memory_gib() -> float | None:
 
 
 def gpu_memory_in_use_mb(index: int) -> float | None:
-    """Return how much memory of an NVIDIA GPU all processes together use, MB; None without such a GPU."""
+    """Return how much memory of an NVIDIA GPU all processes together use, MB; None where that cannot be known.
+
+    Parameters
+    ----------
+    index : int
+        The GPU as this process counts them, which ``CUDA_VISIBLE_DEVICES`` decides.
+    """
+    physical = _physical_index(index, os.environ.get("CUDA_VISIBLE_DEVICES"))
     with _nvidia_library() as library:
-        if library is None:
+        if library is None or physical is None:
             return None
         device, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # total, free, used
-        if library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device)):
+        if library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(physical), ctypes.byref(device)):
             return None
         if library.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)):
             return None
         return float(memory[2]) / 1e6
+
+
+def _physical_index(index: int, visible: str | None) -> int | None:
+    """Return the number of a GPU among all of the machine; None where the visible ones are named in another way.
+
+    Examples
+    --------
+    >>> _physical_index(1, None), _physical_index(1, "2,5"), _physical_index(0, "GPU-8f1c")
+    (1, 5, None)
+    """
+    if visible is None:
+        return index
+    numbers = visible.split(",")
+    return int(numbers[index]) if index < len(numbers) and numbers[index].strip().isdecimal() else None
 
 
 def _nvidia_gpus() -> tuple[tuple[str, ...], str | None]:

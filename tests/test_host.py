@@ -52,5 +52,13 @@ def test_a_virtual_machine_without_a_model_name_still_has_a_processor(monkeypatc
     assert examine_host().processor
 
 
+@pytest.mark.parametrize(
+    ("index", "visible", "physical"),
+    [(1, None, 1), (0, "3", 3), (1, "2, 5", 5), (2, "2,5", None), (0, "GPU-8f1c", None), (0, "", None)],
+)
+def test_gpus_are_counted_as_this_process_sees_them(index, visible, physical) -> None:
+    assert host._physical_index(index, visible) == physical
+
+
 def test_a_gpu_that_is_not_there_has_no_memory() -> None:
     assert gpu_memory_in_use_mb(99) is None

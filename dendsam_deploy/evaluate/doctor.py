@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import re
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from importlib import metadata
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
+from dendsam_deploy.host import cpu_cores, memory_gib
 from dendsam_deploy.runtimes.choice import PLACES
 from dendsam_deploy.runtimes.probe import NO_DRIVER, why_not
 from dendsam_deploy.runtimes.session import ENGINES, SessionOptions
@@ -99,8 +99,8 @@ def examine_machine() -> MachineReport:
     return MachineReport(
         python=platform.python_version(),
         platform=platform.platform(),
-        cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_gib=_memory_gib(),
+        cpu_cores=cpu_cores(),
+        memory_gib=memory_gib(),
         packages={name: version for name in _required_packages("") if (version := _version(name)) is not None},
         findings=(*engines, *extras),
     )
@@ -151,10 +151,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _memory_gib() -> float | None:
-    """Return the size of the main memory where the system tells it."""
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
