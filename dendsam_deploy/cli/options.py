@@ -291,7 +291,7 @@ def _written(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-ENGINES = click.Choice(["onnxruntime", "openvino", "tensorrt", "torch"])
+ENGINES = click.Choice(["onnxruntime", "onnxruntime+tensorrt", "openvino", "tensorrt", "torch"])
 PRECISIONS = click.Choice(["fp32", "fp16", "bf16", "int8"])
 
 RUNTIME = Settings("dendsam_deploy.runtimes.session:SessionOptions")
