@@ -39,9 +39,12 @@ class Finding:
 
 
 def run_graph(runner: Runner, inputs: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-    """Call a graph; NaN passes, because it is to be counted."""
+    """Call a graph; NaN passes, because it is to be counted.
+
+    Outputs are copied, also where they need not be: an array of an engine's keeps all of the engine's memory alive.
+    """
     outputs = runner.run({name: np.ascontiguousarray(array) for name, array in inputs.items()})
-    return {name: array.copy() for name, array in outputs.items()} if runner.borrows_outputs else outputs
+    return {name: array.copy() for name, array in outputs.items()}
 
 
 def relative_max(value: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
