@@ -4,7 +4,7 @@
 option                        commands                                         meaning
 ============================  ===============================================  =========================================
 ``-b, --bundle``              segment                                          the bundle; else the only one of exports/
-``--slices A:B``              segment, evaluate, finetune sam and detector     slices from A to before B, counted from 0
+``--slices A:B``              segment, verify, evaluate, finetune ...          slices from A to before B, counted from 0
 ``--voxel-size Z,Y,X``        segment, benchmark, finetune sam and detector,   nm, in place of what the file records
                               phantom
 ``--engine, --device,``       segment, verify, benchmark                       what the graphs run on
@@ -291,7 +291,7 @@ def _written(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-ENGINES = click.Choice(["onnxruntime", "onnxruntime+tensorrt", "openvino", "tensorrt", "torch"])
+ENGINES = click.Choice(["onnxruntime", "onnxruntime+tensorrt", "openvino", "tensorrt", "torch", "torch+package"])
 PRECISIONS = click.Choice(["fp32", "fp16", "bf16", "int8"])
 
 RUNTIME = Settings("dendsam_deploy.runtimes.session:SessionOptions")

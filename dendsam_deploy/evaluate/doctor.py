@@ -32,6 +32,8 @@ _REMEDIES: Mapping[tuple[str, str], str] = MappingProxyType(
         ("cuda", "tensorrt"): f"pip install '{_PACKAGE}[tensorrt]'",
         ("cpu", "torch"): f"pip install '{_PACKAGE}[train]'",
         ("cuda", "torch"): f"pip install '{_PACKAGE}[train]'",
+        ("cpu", "torch+package"): f"pip install '{_PACKAGE}[train]', and a C++ compiler",
+        ("cuda", "torch+package"): f"pip install '{_PACKAGE}[train]', and a C++ compiler",
     }
 )
 """What makes an engine work on a kind of device where its package is missing or broken."""

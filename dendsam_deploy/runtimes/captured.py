@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError
+from dendsam_deploy.runtimes.gpu_engine_cache import EngineCache
 from dendsam_deploy.runtimes.runner import check_inputs
 
 try:
@@ -18,14 +18,16 @@ try:
 
     from dendsam_deploy.runtimes.captured_attention import AttentionKernel, fuse_attention
     from dendsam_deploy.runtimes.captured_graph import Graph, read_graph
+    from dendsam_deploy.runtimes.captured_package import Packages
     from dendsam_deploy.runtimes.captured_program import program_of
+    from dendsam_deploy.runtimes.captured_replay import Program, Recorder, Replayed
 except ImportError as error:  # also where a shared library of the package is missing
     raise MissingCapabilityError(
         f"engine torch: a package does not load ({error}); run: pip install 'dendsam-deploy[train]'"
     ) from error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -65,16 +67,23 @@ class CapturedOptions:
     attention : str or None
         How attention with relative position is computed, ``in_kernel`` or ``widened``. None takes ``in_kernel`` where
         programs are compiled, and leaves it as it is in the graph elsewhere.
+    is_packaged : bool
+        Whether programs are compiled ahead of time and kept in the bundle's cache for later sessions.
+    trusted : tuple of str
+        SHA-256 of packages that may be loaded although somebody else compiled them.
     """
 
     device: str = "cpu"
     threads: int | None = None
     is_compiled: bool | None = None
     attention: AttentionKernel | None = None
+    is_packaged: bool = False
+    trusted: tuple[str, ...] = ()
 
-
-Program = Callable[..., tuple[torch.Tensor, ...]]
-"""Takes and returns tensors of the device; what it returned is valid until the next program is executed."""
+    @property
+    def variant(self) -> str:
+        """The engine's name, with what makes its results its own."""
+        return f"{ENGINE}+package" if self.is_packaged else ENGINE
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +140,6 @@ class CapturedRunner:
         Where torch does not offer the device.
     """
 
-    engine = ENGINE
     borrows_outputs = False
 
     def __init__(self, path: Path, spec: GraphSpec, options: CapturedOptions | None = None) -> None:
@@ -143,7 +151,12 @@ class CapturedRunner:
         self._weights: dict[str, torch.Tensor] = {}
         self._programs: dict[tuple[object, ...], Program] = {}
         self._threads_before: int | None = None
-        self._recorder: _Recorder | None = None
+        self._recorder: Recorder | None = None
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine, as on the command line."""
+        return self._options.variant
 
     @property
     def rows_per_call(self) -> int:
@@ -244,16 +257,23 @@ class CapturedRunner:
             for name, value in given.items()
         }
         program = program_of(graph, described, self._weights, torch.device(self.device))
-        is_gpu = self.device != "cpu"
-        is_compiled = is_gpu if self._options.is_compiled is None else self._options.is_compiled
-        attention = self._options.attention or ("in_kernel" if is_compiled else None)
+        options, is_gpu = self._options, self.device != "cpu"
+        is_packaged = options.is_packaged and bool(graph.weights)  # of a graph without weights there is nothing to keep
+        is_compiled = is_packaged or (is_gpu if options.is_compiled is None else options.is_compiled)
+        attention = options.attention or ("in_kernel" if is_compiled else None)
         if attention is not None:
             fuse_attention(program, attention)
+        if is_packaged:
+            # Not recorded: it is launched by native code, and nobody has promised that its memory stays in place.
+            numbers = {name: value.tolist() for name, value in given.items() if self._is_number(name)}
+            tensors = tuple(given[name] for name in graph.inputs if not self._is_number(name))
+            packages = Packages(EngineCache(self._path.parent, options.trusted), self.spec, torch.device(self.device))
+            return packages.load(program, tensors, f"{attention} {numbers}")
         made: Program = torch.compile(program, dynamic=False) if is_compiled else program
         if not is_gpu:
             return made
-        self._recorder = self._recorder or _Recorder()
-        return _Replayed(made, self._recorder)
+        self._recorder = self._recorder or Recorder()
+        return Replayed(made, self._recorder)
 
     def _placed(self, spec: TensorSpec, tensor: Tensor, padded: Mapping[str, int]) -> torch.Tensor:
         """Return an input on the device, padded with zeros; numbers that decide shapes stay on the host."""
@@ -289,7 +309,7 @@ class CapturedRunner:
         """Compute as the graph says, without gradients and shortcuts, and translate torch's exceptions."""
         try:
             with ExitStack() as stack:
-                stack.enter_context(torch.inference_mode())
+                stack.enter_context(torch.no_grad())
                 # fp32 means fp32; what may be coarser is exported at another precision.
                 stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
                 if self.device != "cpu":
@@ -301,57 +321,6 @@ class CapturedRunner:
             raise MissingCapabilityError(
                 f"{self._path}: failed on {self.device} ({_line(error)}); free memory or choose another --engine"
             ) from error
-
-
-class _Recorder:
-    """Records programs on a GPU into memory that they share.
-
-    None of the recordings needs what another left there: their results are copied before the next one is replayed.
-    """
-
-    def __init__(self) -> None:
-        self._memory = torch.cuda.graph_pool_handle()
-
-    def record(self, program: Program, inputs: tuple[torch.Tensor, ...]) -> _Recording:
-        """Execute a program aside, which compiles it and fills the caches of libraries, then record it."""
-        held = tuple(value.clone() for value in inputs)
-        main = torch.cuda.current_stream()
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch declares no types here
-        aside.wait_stream(main)
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                program(*held)
-        main.wait_stream(aside)
-        recording = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recording, self._memory, capture_error_mode="thread_local"):
-            outputs = program(*held)
-        return _Recording(recording, held, outputs)
-
-
-@dataclass(frozen=True, slots=True)
-class _Recording:
-    """What a GPU replays, and the tensors that it reads and writes."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: tuple[torch.Tensor, ...]
-    outputs: tuple[torch.Tensor, ...]
-
-
-class _Replayed:
-    """A program that is recorded when it is first executed: replaying it costs one launch instead of hundreds."""
-
-    def __init__(self, program: Program, recorder: _Recorder) -> None:
-        self._program, self._recorder = program, recorder
-        self._recording: _Recording | None = None
-
-    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Execute the program on copies of the inputs."""
-        if self._recording is None:
-            self._recording = self._recorder.record(self._program, inputs)
-        for held, given in zip(self._recording.inputs, inputs, strict=True):
-            held.copy_(given)
-        self._recording.graph.replay()
-        return self._recording.outputs
 
 
 def _canonical_device(device: str) -> str:

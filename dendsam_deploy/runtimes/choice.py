@@ -30,15 +30,23 @@ PLACES = (
     ("cuda", "torch"),
     ("cuda", "onnxruntime"),
     ("cuda", "onnxruntime+tensorrt"),
+    ("cuda", "torch+package"),
     ("cpu", "openvino"),
     ("cpu", "onnxruntime"),
     ("cpu", "torch"),
+    ("cpu", "torch+package"),
 )
 """Which engine runs on which kind of device, the preferred one first: what decides where nothing was measured."""
 
-_ONLY_ON_REQUEST = frozenset({("cuda", "onnxruntime+tensorrt"), ("cpu", "torch")})
-"""One compiles every graph anew in every session, which takes minutes where ``tensorrt`` does so once; the other takes
-several times as long as the engines that are made for processors."""
+_ONLY_ON_REQUEST = frozenset(
+    {
+        ("cuda", "onnxruntime+tensorrt"),  # compiles every graph anew in every session; ``tensorrt`` does so once
+        ("cuda", "torch+package"),  # leaves compiled code in the bundle
+        ("cpu", "torch"),  # several times slower than the engines that are made for processors
+        ("cpu", "torch+package"),
+    }
+)
+"""What ``auto`` never takes."""
 
 _FASTEST_FIRST: Mapping[str, tuple[Precision, ...]] = {
     "cuda": ("bf16", "fp16", "fp32", "int8"),

@@ -233,7 +233,7 @@ class EngineRunner:
             gpu=gpu.name,
             compute_capability=gpu.compute_capability,
             driver=gpu.driver,
-            tensorrt=tensorrt_version(),
+            compiler=f"{ENGINE} {tensorrt_version()}",
             profiles=json.dumps([profile.to_document() for profile in self._profiles], sort_keys=True),
         )
 

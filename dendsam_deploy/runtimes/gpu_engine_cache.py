@@ -57,8 +57,8 @@ class EngineIdentity:
         Such as ``9.0``.
     driver : str
         Version of its driver.
-    tensorrt : str
-        Version of TensorRT.
+    compiler : str
+        Name and version of what compiled it, such as ``tensorrt 11.4.0.106``.
     profiles : str
         The shapes it is compiled for, as JSON.
     """
@@ -69,14 +69,14 @@ class EngineIdentity:
     gpu: str
     compute_capability: str
     driver: str
-    tensorrt: str
+    compiler: str
     profiles: str
 
     @property
     def key(self) -> str:
         """Name of the engine's folder: readable, and another one whenever any part of the identity is another one."""
         digest = hashlib.sha256(_canonical(dataclasses.asdict(self))).hexdigest()
-        parts = (self.role, self.precision, self.gpu, f"sm{self.compute_capability}", f"trt{self.tensorrt}")
+        parts = (self.role, self.precision, self.gpu, f"sm{self.compute_capability}", self.compiler)
         return "-".join([*(_slug(part) for part in parts), digest[:20]])
 
 
@@ -277,7 +277,7 @@ class EngineCache:
 
     def _timing_file(self, identity: EngineIdentity) -> Path:
         """Return the file of timings: TensorRT takes them only on the same GPU and version."""
-        machine = (identity.gpu, identity.compute_capability, identity.driver, identity.tensorrt)
+        machine = (identity.gpu, identity.compute_capability, identity.driver, identity.compiler)
         return self.state / _TIMING_FILE.format(hashlib.sha256(_canonical(machine)).hexdigest()[:20])
 
 

@@ -259,6 +259,14 @@ def _captured_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Ru
     return CapturedRunner(path, spec, CapturedOptions(options.device, options.threads))
 
 
+def _packaged_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Runner:
+    """Return a runner on torch whose programs are compiled once and kept."""
+    from dendsam_deploy.runtimes.captured import CapturedOptions, CapturedRunner  # noqa: PLC0415  (see above)
+
+    packaged = CapturedOptions(options.device, options.threads, is_packaged=True, trusted=options.trusted_engines)
+    return CapturedRunner(path, spec, packaged)
+
+
 ENGINES: Mapping[str, RunnerMaker] = MappingProxyType(
     {
         "onnxruntime": _portable_runner,
@@ -266,6 +274,7 @@ ENGINES: Mapping[str, RunnerMaker] = MappingProxyType(
         "openvino": _compiled_runner,
         "tensorrt": _engine_runner,
         "torch": _captured_runner,
+        "torch+package": _packaged_runner,
     }
 )
 """Engines by name. A new engine is one file with a runner, one row here, and one in `choice.PLACES`."""

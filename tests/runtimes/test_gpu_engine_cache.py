@@ -36,7 +36,7 @@ IDENTITY = EngineIdentity(
     gpu="NVIDIA RTX 6000 Ada",
     compute_capability="8.9",
     driver="580.82 (CUDA 13.0)",
-    tensorrt="11.4.0.106",
+    compiler="tensorrt 11.4.0.106",
     profiles="[]",
 )
 BUILT = BuiltEngine(b"native code", attention_layers=12, fused_attention_layers=11)
@@ -74,7 +74,7 @@ def test_nobody_else_may_enter(cache: EngineCache) -> None:
 
 
 def test_the_name_of_the_folder_says_what_the_engine_is_for() -> None:
-    assert IDENTITY.key.startswith("encoder-fp16-nvidia_rtx_6000_ada-sm8.9-trt11.4.0.106-")
+    assert IDENTITY.key.startswith("encoder-fp16-nvidia_rtx_6000_ada-sm8.9-tensorrt_11.4.0.106-")
     assert set(IDENTITY.key) <= {*string.ascii_lowercase, *string.digits, "-", "_", "."}
 
 
@@ -392,7 +392,7 @@ def test_timings_return_to_the_same_machine_only(cache: EngineCache) -> None:
     cache.keep_timing_data(IDENTITY, b"timings")
     same_machine = dataclasses.replace(IDENTITY, role="decoder", graph_sha256=("00" * 32,))
     assert cache.timing_data(same_machine) == b"timings"
-    for field in ("gpu", "compute_capability", "driver", "tensorrt"):
+    for field in ("gpu", "compute_capability", "driver", "compiler"):
         assert cache.timing_data(dataclasses.replace(IDENTITY, **{field: "other"})) == b""
 
 
