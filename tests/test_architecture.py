@@ -55,7 +55,7 @@ VENDOR_HOMES = {
     "onnx": ["export/", "runtimes/captured_graph.py"],
     "onnx_ir": ["export/graphs.py"],
     "torch": ["models/", "training/", "export/", "runtimes/torch_reference.py", "runtimes/captured"],
-    "segment_anything": ["models/", "training/sam.py", "export/reference.py", "runtimes/torch_reference.py"],
+    "segment_anything": ["models/", "training/sam.py", "export/", "runtimes/torch_reference.py"],
     "timm": ["models/tiny_vit.py"],
     "ultralytics": ["models/detector.py"],
 }
