@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dendsam_deploy.errors import InvalidArgumentError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -42,8 +44,19 @@ def run_graph(runner: Runner, inputs: dict[str, NDArray[np.generic]]) -> dict[st
     """Call a graph; NaN passes, because it is to be counted.
 
     Outputs are copied, also where they need not be: an array of an engine's keeps all of the engine's memory alive.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Where the graph refuses its inputs, or returns something else than the contract says.
     """
     outputs = runner.run({name: np.ascontiguousarray(array) for name, array in inputs.items()})
+    for tensor in runner.spec.outputs:
+        found = outputs[tensor.name].dtype.name if tensor.name in outputs else "nothing"
+        if found != tensor.dtype:
+            raise InvalidArgumentError(
+                f"the {runner.spec.role} returned {found} for {tensor.name!r}, expected {tensor.dtype}; export it again"
+            )
     return {name: array.copy() for name, array in outputs.items()}
 
 

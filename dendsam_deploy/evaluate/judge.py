@@ -98,7 +98,7 @@ def compare_session(
         bench = _Bench(session, truth, box_counts, prepared, nullcontext if together else _entered, tell)
         try:
             findings.extend(_findings(bench))
-        except InvalidArgumentError:  # an input of the contract was refused
+        except InvalidArgumentError:  # a graph broke the contract
             findings.append(Finding(2, "chain", "calls_refused", 1))
     rows = judge(findings, session, truth)
     return ParityReport(tuple(sorted(rows, key=lambda row: row.level)))

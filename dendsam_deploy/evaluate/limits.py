@@ -68,7 +68,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         ),
         # Level 2: tensors
         "calls_refused": Metric(
-            "calls with inputs of the contract that a graph refuses", "at most", fp32=0, half=0, int8=0
+            "calls with inputs of the contract that a graph refuses, or answers with other types",
+            "at most", fp32=0, half=0, int8=0,
         ),
         "embedding_relative_max": Metric(
             "largest difference of an embedding over the largest magnitude of the reference",

@@ -19,12 +19,17 @@ BOXES = 12
 
 
 @pytest.fixture(scope="session")
-def truth(exported) -> Truth:
-    """What is stored in the bundle, with few enough boxes for many tests."""
-    truth = collect_truth(Bundle.open(exported.bundle), Originals(threads=1))
-    inputs, sam, few = truth.inputs, truth.sam, slice(0, BOXES)
+def whole_truth(exported) -> Truth:
+    """What is stored in the bundle."""
+    return collect_truth(Bundle.open(exported.bundle), Originals(threads=1))
+
+
+@pytest.fixture(scope="session")
+def truth(whole_truth) -> Truth:
+    """The same with few enough boxes for many tests."""
+    inputs, sam, few = whole_truth.inputs, whole_truth.sam, slice(0, BOXES)
     return dataclasses.replace(
-        truth,
+        whole_truth,
         inputs=dataclasses.replace(inputs, boxes=inputs.boxes[few], tile_index=inputs.tile_index[few]),
         sam=dataclasses.replace(sam, logits=sam.logits[few], iou=sam.iou[few]),
     )

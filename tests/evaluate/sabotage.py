@@ -48,14 +48,14 @@ def with_inputs(session: Session, role: str, change: Callable[[Tensors], Tensors
     return sabotaged(session, role, lambda inputs, run: run(inputs | change(inputs)))
 
 
-def from_torch(session: Session, sam: Any, change: Callable[[Any], None]) -> Session:
-    """Replace encoder and decoder by segment_anything's own modules after a change of a copy of them."""
+def from_torch(
+    session: Session, sam: Any, change: Callable[[Any], None], roles: tuple[str, ...] = ("encoder", "decoder")
+) -> Session:
+    """Replace graphs by segment_anything's own modules after a change of a copy of them."""
     from dendsam_deploy.runtimes.torch_reference import decoder_runner, encoder_runner  # noqa: PLC0415 - needs torch
 
     sam = copy.deepcopy(sam)
     change(sam)
-    encoder, decoder = (
-        CallableRunner(graph.spec, made.run)
-        for graph, made in ((session.encoder, encoder_runner(sam)), (session.decoder, decoder_runner(sam)))
-    )
-    return dataclasses.replace(session, encoder=encoder, decoder=decoder)
+    makers = {"encoder": encoder_runner, "decoder": decoder_runner}
+    made = {role: CallableRunner(getattr(session, role).spec, makers[role](sam).run) for role in roles}
+    return dataclasses.replace(session, **made)

@@ -342,3 +342,33 @@ def test_pixels_on_the_threshold_are_nobodys_fault(session, truth):
         session, "decoder", lambda outputs: {"logits": masks[: len(outputs["iou"])] - np.float32(2e-6)}
     )
     assert not {metric for metric in failures(wrong, truth) if metric.startswith("mask")}
+
+
+@pytest.mark.parametrize(("role", "output"), [("encoder", "embeddings"), ("decoder", "iou"), ("detector", "scores")])
+def test_half_precision_at_the_door_is_found(session, truth, role, output):
+    wrong = with_outputs(session, role, lambda outputs: {output: outputs[output].astype(np.float16)})
+    assert "calls_refused" in failures(wrong, truth)
+
+
+def test_boxes_beyond_the_first_group_are_looked_at(session, whole_truth):
+    def forget_the_rest(outputs: Tensors) -> Tensors:
+        logits = outputs["logits"].copy()
+        logits[16:] = logits[:1]
+        return {"logits": logits}
+
+    wrong = with_outputs(session, "decoder", forget_the_rest)
+    found = {row.metric for row in judged(wrong, whole_truth, (1, 3, 17, 64)).failures}
+    assert {"logits_max_over_std:boxes=17", "logits_max_over_std:boxes=64"} <= found
+    assert "logits_max_over_std:boxes=3" not in found
+
+
+def test_outputs_that_the_next_call_overwrites_unannounced_are_found(session, whole_truth):
+    """An engine that says that its outputs are the caller's: what was read of the first boxes is then lost."""
+    rooms: dict[tuple[int, ...], np.ndarray] = {}
+
+    def reuse(outputs: Tensors) -> Tensors:
+        room = rooms.setdefault(outputs["logits"].shape, outputs["logits"].copy())
+        room[...] = outputs["logits"]
+        return {"logits": room}
+
+    assert "mask_iou_mean" in failures(with_outputs(session, "decoder", reuse), whole_truth)
