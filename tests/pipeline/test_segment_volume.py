@@ -222,17 +222,17 @@ def test_reading_runs_ahead_by_a_bounded_number_of_slices(tmp_path: Path, monkey
 
 
 def test_memory_does_not_grow_with_the_number_of_slices(tmp_path: Path):
-    """Keeping one array of each slice would double the peak of the deeper volume."""
+    """Keeping one array of each slice would triple the peak of the deeper volume; how much overlaps is chance."""
     session = make_session(make_manifest(tile_size=512, overlap=64))
     image = draw_discs((512, 512), [(100, 90, 30), (300, 350, 60)])
     peaks = []
-    for depth in (4, 4, 16):  # the first run pays for imports
+    for depth in (8, 8, 48):  # the first run pays for imports
         tifffile.imwrite(tmp_path / f"{depth}.tif", np.stack([image] * depth), photometric="minisblack")
         tracemalloc.start()
         segment_volume(tmp_path / f"{depth}.tif", session, SegmentOptions(restart=True))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[2] < 1.1 * peaks[1]
+    assert peaks[2] < 1.5 * peaks[1]
 
 
 def test_segmenting_loads_nothing_that_trains_or_exports(volume: Path):
