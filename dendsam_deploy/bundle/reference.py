@@ -126,7 +126,8 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
         promised = dtype.itemsize * math.prod(shape)
         if dtype.hasobject or fortran_order or stream.tell() + promised != member.file_size:
             raise ValueError(f"{name} has a header that does not fit its {member.file_size} bytes")
-        return np.frombuffer(stream.read(), dtype).reshape(shape)
+        # Writable, as every other array of the pipeline: engines share memory with their inputs.
+        return np.frombuffer(bytearray(stream.read()), dtype).reshape(shape)
 
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
