@@ -349,7 +349,7 @@ def _free_axes(spec: TensorSpec, shape: tuple[int, ...]) -> Iterator[tuple[str, 
 
 def _to_host(values: torch.Tensor) -> NDArray[np.generic]:
     """Return a tensor as an array of its own."""
-    array: NDArray[np.generic] = values.cpu().numpy()
+    array: NDArray[np.generic] = values.contiguous().cpu().numpy()
     return array
 
 

@@ -172,6 +172,7 @@ def test_the_graphs_of_a_bundle_give_what_onnx_runtime_makes_of_them(exported, r
             expected, found = plain.run(given), runner.run(given)
             for name, values in expected.items():
                 assert (found[name].shape, found[name].dtype) == (values.shape, values.dtype)
+                assert found[name].flags.c_contiguous, "the next graph takes nothing else"
                 np.testing.assert_allclose(found[name], values, atol=1e-4 * max(values.std(), 1e-3), rtol=1e-4)
 
 
