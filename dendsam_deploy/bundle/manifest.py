@@ -201,30 +201,24 @@ def _value_from_json(hint: object, value: object, source: str, where: str) -> ob
         return tuple(_value_from_json(arguments[0], item, source, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {str(key): _value_from_json(arguments[1], item, source, f"{where}.{key}") for key, item in value.items()}
-    if origin is Literal and value in arguments:
-        return value
-    if origin in (types.UnionType, typing.Union):  # the latter where a Literal is part of it
-        for option in arguments:
-            if option is type(None):
-                if value is None:
-                    return None
-            elif typing.get_origin(option) is Literal:
-                if value in typing.get_args(option):
-                    return value
-            elif _is_plain(option, value):
-                return value if option is not float else float(typing.cast("float", value))
-    elif isinstance(hint, type) and _is_plain(hint, value):
-        return float(typing.cast("float", value)) if hint is float else value
+    if _is_plain(hint, value):
+        is_float = isinstance(value, int) and float in (hint, *arguments)
+        return float(typing.cast("float", value)) if is_float else value
     raise BundleError(f"{source}: {where} is {value!r}, expected {_describe(hint)}")
 
 
 def _is_plain(kind: object, value: object) -> bool:
-    """Tell whether a JSON value is a finite number, string or boolean of the given Python type."""
+    """Tell whether a JSON value is a finite number, string, boolean, null or word of the given type."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):  # the latter where a Literal is part of it
+        return any(_is_plain(option, value) for option in arguments)
+    if origin is Literal:
+        return value in arguments
     if isinstance(value, bool) or not isinstance(kind, type):
         return kind is bool
     if kind is float:
         return isinstance(value, (int, float)) and math.isfinite(value)
-    return kind in (int, str) and isinstance(value, kind)
+    return kind in (int, str, type(None)) and isinstance(value, kind)
 
 
 def _describe(hint: object) -> str:
