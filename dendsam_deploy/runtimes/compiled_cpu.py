@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: compiles the same ONNX files for the instruction set at hand, the fastest engine there."""
+"""OpenVINO on the CPU: compiles the same ONNX files for the instruction set at hand, bf16 where it has that."""
 
 from __future__ import annotations
 
