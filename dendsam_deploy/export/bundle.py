@@ -113,7 +113,7 @@ def export_bundle(
         for sentence in failed_engines(found):
             tell(sentence)
         _step(progress, "other precisions")
-        for precision in options.precisions:
+        for precision in dict.fromkeys(options.precisions):  # one that is named twice is made once
             draft = with_precision(draft, precision, tell)
         _tell_what_tensorrt_refuses(draft, tell)
         draft.record_proof()

@@ -100,7 +100,7 @@ def test_int8_is_quantised_less_where_it_fails(checkpoint: Path, tmp_path: Path)
 
     said: list[str] = []
     path = export_bundle(
-        ExportOptions(checkpoint, tmp_path / "b", precisions=("int8",)), Judges(gate), tell=said.append
+        ExportOptions(checkpoint, tmp_path / "b", precisions=("int8", "int8")), Judges(gate), tell=said.append
     )
     assert calls == ["fp32", "int8", "int8"]
     assert said[0].startswith("int8 in all linear layers differs")
