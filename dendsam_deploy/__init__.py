@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from dendsam_deploy.training.finetune import finetune_sam as finetune_sam
     from dendsam_deploy.training.options import DetectorSchedule as DetectorSchedule
     from dendsam_deploy.training.options import DetectorTrainingOptions as DetectorTrainingOptions
-    from dendsam_deploy.training.options import FinetuneSamOptions as FinetuneSamOptions
-    from dendsam_deploy.training.options import SamTrainingOptions as SamTrainingOptions
+    from dendsam_deploy.training.sam_options import FinetuneSamOptions as FinetuneSamOptions
+    from dendsam_deploy.training.sam_options import SamTrainingOptions as SamTrainingOptions
     from dendsam_deploy.volume.boxes import open_boxes as open_boxes
     from dendsam_deploy.volume.open import open_labels as open_labels
     from dendsam_deploy.volume.open import open_volume as open_volume
@@ -74,7 +74,7 @@ _HOMES = {
     "DetectorTrainingResult": "training.detector",
     "EvaluateOptions": "evaluate.scores",
     "ExportOptions": "export.options",
-    "FinetuneSamOptions": "training.options",
+    "FinetuneSamOptions": "training.sam_options",
     "FinetunedSam": "training.finetune",
     "IncompleteRunError": "errors",
     "InputFileError": "errors",
@@ -85,7 +85,7 @@ _HOMES = {
     "ParityReport": "bundle.parity",
     "PhantomOptions": "volume.phantom",
     "Progress": "progress",
-    "SamTrainingOptions": "training.options",
+    "SamTrainingOptions": "training.sam_options",
     "ScoreReport": "evaluate.scores",
     "SegmentOptions": "pipeline.job",
     "SegmentResult": "pipeline.record",

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.cli.console import Console
 
-SETTINGS = Settings("dendsam_deploy.training.options:FinetuneSamOptions")
-SCHEDULE = Settings("dendsam_deploy.training.options:SamTrainingOptions")
+SETTINGS = Settings("dendsam_deploy.training.sam_options:FinetuneSamOptions")
+SCHEDULE = Settings("dendsam_deploy.training.sam_options:SamTrainingOptions")
 
 MODELS = click.Choice(MODEL_TYPES)
 
@@ -45,7 +45,7 @@ def finetune_sam(context: click.Context, volume: Path, labels: Path, out: Path, 
     with extra("train"):
         from dendsam_deploy.training.finetune import finetune_sam
 
-    from dendsam_deploy.training.options import FinetuneSamOptions, SamTrainingOptions
+    from dendsam_deploy.training.sam_options import FinetuneSamOptions, SamTrainingOptions
 
     console: Console = context.obj
     schedule = SamTrainingOptions(**SCHEDULE.given(context))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dendsam_deploy.training.options import SamTrainingOptions
+    from dendsam_deploy.training.sam_options import SamTrainingOptions
     from dendsam_deploy.training.source import TrainingSource
 
 MOST_TILES_DRAWN = 5000

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dendsam_deploy.models.architectures import ModelType
-    from dendsam_deploy.training.options import FinetuneSamOptions
+    from dendsam_deploy.training.sam_options import FinetuneSamOptions
 
 
 @dataclass(frozen=True, slots=True)

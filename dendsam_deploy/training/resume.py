@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from dendsam_deploy.training.options import DetectorTrainingOptions, FinetuneSamOptions
+    from dendsam_deploy.training.options import DetectorTrainingOptions
+    from dendsam_deploy.training.sam_options import FinetuneSamOptions
 
 State = TypeVar("State")
 

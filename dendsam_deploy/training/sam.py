@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from segment_anything.modeling import Sam
 
-    from dendsam_deploy.training.options import SamTrainingOptions
+    from dendsam_deploy.training.sam_options import SamTrainingOptions
     from dendsam_deploy.training.source import TrainingSource
 
 
@@ -110,6 +110,7 @@ class SamTrainer:
         self._judged_tiles = [
             tile
             for source in self.sources
+            if source.held_out is not None
             for tile in judge.judged_tiles(source.held_out, source.recipe, options.judge_slices)
         ]
         if not self._judged_tiles:

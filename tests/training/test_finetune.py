@@ -12,7 +12,7 @@ import torch
 from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, StorageError, VolumeError
 from dendsam_deploy.models.weights import load_sam
 from dendsam_deploy.training.finetune import finetune_sam
-from dendsam_deploy.training.options import FinetuneSamOptions, SamTrainingOptions
+from dendsam_deploy.training.sam_options import FinetuneSamOptions, SamTrainingOptions
 
 SCHEDULE = SamTrainingOptions(
     minutes=None, steps=3, judge_steps=2, tiles_per_step=1, objects_per_tile=2, judge_slices=1, learning_rate=1e-3

@@ -16,8 +16,8 @@ from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError, 
 from dendsam_deploy.models.sam import build_sam, initialise
 from dendsam_deploy.training import batches
 from dendsam_deploy.training.batches import draw_batch
-from dendsam_deploy.training.options import SamTrainingOptions
 from dendsam_deploy.training.sam import SamTrainer
+from dendsam_deploy.training.sam_options import SamTrainingOptions
 from dendsam_deploy.training.samples import LabelledVolume, TileRecipe
 from dendsam_deploy.training.source import TrainingSource
 from dendsam_deploy.volume.array import ArrayVolume
