@@ -44,6 +44,7 @@ VENDOR_HOMES = {
     "tifffile": ["volume/tiff"],
     "zarr": ["volume/ngff"],
     "PIL": ["volume/raster.py"],
+    "roifile": ["volume/imagej_rois.py"],
     "scipy": ["metrics/", "volume/", "training/", "export/", "pipeline/", "evaluate/"],
     "jinja2": ["report/page.py"],
     "markupsafe": ["report/page.py"],

@@ -1,0 +1,107 @@
+"""Masks as ROIs of ImageJ and Fiji. The home of roifile."""
+
+from __future__ import annotations
+
+import zipfile
+from typing import TYPE_CHECKING
+
+import numpy as np
+from roifile import ROI_TYPE, ImagejRoi
+
+from dendsam_deploy.durable import published
+from dendsam_deploy.errors import InvalidArgumentError
+from dendsam_deploy.volume.outlines import trace_outlines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from dendsam_deploy.instances import RunLengths
+    from dendsam_deploy.volume.exported_masks import SliceMasks
+
+LONGEST_SIDE_PX = 32767
+"""Bounds of a ROI are signed 16-bit numbers."""
+
+_MOVE, _LINE, _CLOSE = 0.0, 1.0, 4.0
+"""Commands of a path: java.awt.geom.PathIterator."""
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+"""Time stamp of the members, so that equal masks give equal files."""
+
+
+def write_rois(path: Path, slices: Iterable[SliceMasks]) -> int:
+    """Write masks as a zip that the ROI Manager opens, whole or not at all.
+
+    A ROI runs along the edges of the pixels, on whole numbers, so ImageJ selects exactly the pixels of the mask and
+    measures its area. One with several pieces or with holes is a composite ROI. It lies on the slice ``z + 1`` of the
+    stack, as ImageJ counts, and is called ``z<z>-<id>`` with our ``z``; further masks of one object get ``-2`` and so
+    on behind that.
+
+    Parameters
+    ----------
+    path : Path
+        File to write.
+    slices : iterable of SliceMasks
+        What is written.
+
+    Returns
+    -------
+    int
+        Number of ROIs.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A slice is larger than ImageJ's ROIs reach.
+    StorageError
+        Where the file system refuses.
+
+    References
+    ----------
+    https://github.com/imagej/ImageJ, ``ij/io/RoiEncoder.java``
+    """
+    count = 0
+    with published(path) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for found in slices:
+            if max(found.slice_hw) > LONGEST_SIDE_PX:
+                raise InvalidArgumentError(
+                    f"slices of {found.slice_hw[0]} x {found.slice_hw[1]} px: the ROIs of ImageJ reach "
+                    f"{LONGEST_SIDE_PX} px; choose another format"
+                )
+            named: dict[int, int] = {}
+            for mask, number in zip(found.masks, found.ids.tolist(), strict=True):
+                named[number] = named.get(number, 0) + 1
+                name = f"z{found.z:04d}-{number:05d}" + (f"-{named[number]}" if named[number] > 1 else "")
+                member = zipfile.ZipInfo(f"{name}.roi", _EPOCH)
+                archive.writestr(member, make_roi(mask, name, found.z).tobytes(), zipfile.ZIP_DEFLATED)
+                count += 1
+    return count
+
+
+def make_roi(mask: RunLengths, name: str, z: int) -> ImagejRoi:
+    """Return a mask, which has pixels, as a polygon or, with holes or several pieces, as a composite ROI."""
+    outlines = trace_outlines(mask)
+    if len(outlines) == 1:
+        roi = ImagejRoi.frompoints(outlines[0].astype(np.int32), name=name, position=z)
+        # Corners of pixels, as the wand of ImageJ makes them.
+        roi.roitype = ROI_TYPE.TRACED
+    else:
+        roi = ImagejRoi()
+        roi.name, roi.position, roi.roitype = name, z + 1, ROI_TYPE.RECT
+        roi.multi_coordinates = _path(outlines)
+        roi.shape_roi_size = len(roi.multi_coordinates)
+    corners = np.concatenate(outlines)
+    (roi.left, roi.top), (roi.right, roi.bottom) = corners.min(axis=0).tolist(), corners.max(axis=0).tolist()
+    return roi
+
+
+def _path(outlines: list[NDArray[np.int64]]) -> NDArray[np.float32]:
+    """Return polygons as commands, each followed by its point."""
+    commands: list[float] = []
+    for outline in outlines:
+        for index, (x, y) in enumerate(outline.tolist()):
+            commands += [_LINE if index else _MOVE, x, y]
+        commands.append(_CLOSE)
+    return np.array(commands, np.float32)
