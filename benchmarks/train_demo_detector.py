@@ -19,6 +19,7 @@ from dendsam_deploy.models.detector import DetectorRecord, load_detector, save_d
 from dendsam_deploy.training.detector_loop import LoopPlan, train_detector
 from dendsam_deploy.training.detector_tiles import held_out_tiles, least_area_px, training_tiles, write_tiles
 from dendsam_deploy.training.options import DetectorSchedule
+from dendsam_deploy.training.source import judged_volumes
 
 if TYPE_CHECKING:
     from dendsam_deploy.progress import Progress
@@ -49,7 +50,7 @@ def main() -> None:
         folder = Path(name)
         sources = [phantom_source(3000, arguments.phantoms, size, dense=False), medulla]
         train = [training_tiles(s.train, s.recipe, arguments.tiles, arguments.seed + i) for i, s in enumerate(sources)]
-        held_out = [held_out_tiles(source.held_out, source.recipe, 10) for source in sources]
+        held_out = [held_out_tiles(volume, source.recipe, 10) for source, volume in judged_volumes(sources)]
         # The smallest object of either source; a phantom's are larger than that anyway.
         boxes = write_tiles(folder, "train", chain(*train), least_area_px(medulla.recipe))
         write_tiles(folder, "val", chain(*held_out), least_area_px(medulla.recipe))

@@ -38,7 +38,8 @@ from dendsam_deploy.training.detector_tiles import (
 )
 from dendsam_deploy.training.device import check_device
 from dendsam_deploy.training.resume import ResumeFolder, training_fingerprint
-from dendsam_deploy.training.source import TrainingSource, open_source
+from dendsam_deploy.training.source import TrainingSource, hulls, judged_volumes, open_sources, recorded_scale
+from dendsam_deploy.training.volume_list import training_volumes
 from dendsam_deploy.weights import PACKAGED_DETECTOR
 
 if TYPE_CHECKING:
@@ -104,14 +105,17 @@ class DetectorTrainingResult:
 
 
 def finetune_detector(
-    volume_path: Path, labels_path: Path, options: DetectorTrainingOptions, progress: ProgressCallback = no_progress
+    volume_path: Path | None,
+    labels_path: Path | None,
+    options: DetectorTrainingOptions,
+    progress: ProgressCallback = no_progress,
 ) -> DetectorTrainingResult:
     """Train a detector on a labelled volume and write the best checkpoint.
 
     Parameters
     ----------
-    volume_path, labels_path : Path
-        Image and instance labels of the same shape.
+    volume_path, labels_path : Path or None
+        Image and instance labels of the same shape; None where `options.data` names what to train on.
     options : DetectorTrainingOptions
         See there.
     progress : callable
@@ -123,16 +127,17 @@ def finetune_detector(
         As the classes say; nothing is written then but the folder to resume from.
     """
     started = time.monotonic()
+    volumes = training_volumes(volume_path, labels_path, options.data)
     check_device(options.schedule.device)
     prepare_place(options.out)
     start = _starting_detector(options)
     digest = start.sha256 or start.architecture
-    folder = ResumeFolder(options.out, training_fingerprint(options, volume_path, labels_path, digest))
+    folder = ResumeFolder(options.out, training_fingerprint(options, volumes, digest))
     earlier_s = folder.open(resume=options.resume)
     started -= earlier_s
     try:
-        with open_source(volume_path, labels_path, options, options.tile_size_px) as source:
-            boxes = _write_training_set(source, options.schedule, folder.path)
+        with open_sources(volumes, options, options.tile_size_px) as sources:
+            boxes = _write_training_set(sources[0], options.schedule, folder.path)
     except DendsamError:
         if not earlier_s:
             folder.remove()
@@ -146,14 +151,15 @@ def finetune_detector(
         elapsed_s=time.monotonic() - started,
     )
     trained = train_detector(start, plan, progress, folder.note)
-    train, held_out = source.train.slices, source.held_out.slices
+    train_slices, held_out_slices = hulls(sources)
+    zoom, model_pixel_size_nm = recorded_scale(sources)
     result = DetectorTrainingResult(
         out=str(options.out),
         architecture=start.architecture,
-        zoom=source.recipe.zoom,
-        model_pixel_size_nm=source.model_pixel_size_nm,
-        train_slices=(train.start, train.stop),
-        held_out_slices=(held_out.start, held_out.stop),
+        zoom=zoom,
+        model_pixel_size_nm=model_pixel_size_nm,
+        train_slices=train_slices,
+        held_out_slices=held_out_slices,
         scores=trained.scores,
         boxes=boxes,
         epochs=trained.epochs,
@@ -162,7 +168,11 @@ def finetune_detector(
         warnings=box_warnings(boxes, options.tile_size_px),
     )
     best = load_detector(plan.best)
-    origin = {"volume": Path(volume_path).name, "labels": Path(labels_path).name, "seed": options.schedule.seed}
+    origin = {
+        "volume": ", ".join(entry.volume.name for entry in volumes),
+        "labels": ", ".join(entry.labels.name for entry in volumes),
+        "seed": options.schedule.seed,
+    }
     summary = origin | result.to_document() | {"out": options.out.name}
     threshold = trained.scores.score_threshold
     record = DetectorRecord(options.tile_size_px, result.model_pixel_size_nm, result.zoom, threshold, summary)
@@ -213,5 +223,6 @@ def _write_training_set(source: TrainingSource, schedule: DetectorSchedule, fold
     recipe, least = source.recipe, least_area_px(source.recipe)
     tiles = training_tiles(source.train, recipe, schedule.tile_count, schedule.seed)
     boxes = write_tiles(folder, "train", tiles, least)
-    write_tiles(folder, "val", held_out_tiles(source.held_out, recipe, schedule.judge_tiles), least)
+    for judge, held_out in judged_volumes([source]):
+        write_tiles(folder, "val", held_out_tiles(held_out, judge.recipe, schedule.judge_tiles), least)
     return boxes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +15,13 @@ from dendsam_deploy.models.weights import TrainingRecord, load_sam, save_sam
 from dendsam_deploy.progress import ProgressCallback, no_progress
 from dendsam_deploy.training.resume import ResumeFile, training_fingerprint
 from dendsam_deploy.training.sam import SamTrainer, TrainingState
-from dendsam_deploy.training.source import open_source
+from dendsam_deploy.training.source import hulls, open_sources, recorded_scale
+from dendsam_deploy.training.volume_list import training_volumes
 from dendsam_deploy.weights import PACKAGED_SAM
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from dendsam_deploy.models.architectures import ModelType
@@ -49,14 +51,17 @@ class FinetunedSam:
 
 
 def finetune_sam(
-    volume_path: Path, labels_path: Path, options: FinetuneSamOptions, progress: ProgressCallback = no_progress
+    volume_path: Path | None,
+    labels_path: Path | None,
+    options: FinetuneSamOptions,
+    progress: ProgressCallback = no_progress,
 ) -> FinetunedSam:
     """Fine-tune a SAM on a labelled volume and write the best checkpoint.
 
     Parameters
     ----------
-    volume_path, labels_path : Path
-        Image and instance labels of the same shape.
+    volume_path, labels_path : Path or None
+        Image and instance labels of the same shape; None where `options.data` names what to train on.
     options : FinetuneSamOptions
         See there.
     progress : callable
@@ -67,22 +72,24 @@ def finetune_sam(
     InvalidArgumentError, VolumeError, CheckpointError, StorageError
         As the classes say; nothing is written then but the state to resume from.
     """
+    volumes = training_volumes(volume_path, labels_path, options.data)
     prepare_place(options.out)
     torch.manual_seed(options.schedule.seed)
     sam, image_size, digest = _starting_model(options)
-    with open_source(volume_path, labels_path, options, image_size) as source:
-        saved = ResumeFile(options.out, training_fingerprint(options, volume_path, labels_path, digest))
+    with open_sources(volumes, options, image_size) as sources:
+        saved = ResumeFile(options.out, training_fingerprint(options, volumes, digest))
         state = saved.load(TrainingState) if options.resume else None
-        trainer = SamTrainer(sam, [source], options.schedule, with_hints=options.model_type == "tiny")
+        trainer = SamTrainer(sam, sources, options.schedule, with_hints=options.model_type == "tiny")
         trained = trainer.run(progress, state, saved.store)
-    train, held_out = source.train.slices, source.held_out.slices
+    train_slices, held_out_slices = hulls(sources)
+    zoom, model_pixel_size_nm = recorded_scale(sources)
     result = FinetunedSam(
         out=str(options.out),
         model_type=options.model_type,
-        zoom=source.recipe.zoom,
-        model_pixel_size_nm=source.model_pixel_size_nm,
-        train_slices=(train.start, train.stop),
-        held_out_slices=(held_out.start, held_out.stop),
+        zoom=zoom,
+        model_pixel_size_nm=model_pixel_size_nm,
+        train_slices=train_slices,
+        held_out_slices=held_out_slices,
         first_held_out_iou=trained.first_held_out_iou,
         held_out_iou=trained.held_out_iou,
         steps=trained.steps,
@@ -90,7 +97,11 @@ def finetune_sam(
         resumed=state is not None,
         history=tuple((entry.step, entry.elapsed_s, entry.held_out_iou) for entry in trained.history),
     )
-    data = {"volume": Path(volume_path).name, "labels": Path(labels_path).name, "seed": options.schedule.seed}
+    data = {
+        "volume": ", ".join(entry.volume.name for entry in volumes),
+        "labels": ", ".join(entry.labels.name for entry in volumes),
+        "seed": options.schedule.seed,
+    }
     save_sam(options.out, trained.state, _record(result, image_size, data))
     saved.remove()
     return result

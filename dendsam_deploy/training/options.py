@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from dendsam_deploy.errors import InvalidArgumentError
 from dendsam_deploy.models.architectures import default_image_size
@@ -12,13 +12,20 @@ from dendsam_deploy.models.architectures import default_image_size
 if TYPE_CHECKING:
     from pathlib import Path
 
+AugmentStrength = Literal["none", "light", "em"]
+AUGMENT_STRENGTHS: tuple[AugmentStrength, ...] = get_args(AugmentStrength)
+"""How much training tiles are varied, see `DataOptions`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataOptions:
-    """Which slices of a labelled volume serve what, and at which scale; both trainings share these.
+    """Which labelled volumes teach, which of their slices serve what, and at which scale; both trainings share these.
 
     Parameters
     ----------
+    data : Path or None
+        File that names further volumes, one in each line; see `volume_list.read_volume_list`. What follows holds for
+        every volume of which the file says nothing else.
     slices : (int, int) or None
         Half-open range of slices that may be used, for training and for judging together.
     holdout_fraction : float
@@ -33,8 +40,12 @@ class DataOptions:
         Labels that are not objects, such as a membrane class.
     voxel_size_nm : (float, float, float) or None
         Overrides what the file records.
+    augment : str
+        How much training tiles are varied: ``none``, ``light`` (orientation, intensity, focus, noise) or ``em`` (also
+        deformation, folds and charging, sections that are thin, dark or partly missing).
     """
 
+    data: Path | None = None
     slices: tuple[int, int] | None = None
     holdout_fraction: float = 0.15
     held_out: tuple[tuple[int, int], ...] = ()
@@ -42,10 +53,15 @@ class DataOptions:
     zoom: float | None = None
     background_labels: tuple[int, ...] = ()
     voxel_size_nm: tuple[float, float, float] | None = None
+    augment: AugmentStrength = "em"
 
     def __post_init__(self) -> None:
         if self.zoom is not None and not 0 < self.zoom < math.inf:
             raise InvalidArgumentError(f"the zoom is {self.zoom}, expected a positive number of model px per slice px")
+        if self.augment not in AUGMENT_STRENGTHS:
+            raise InvalidArgumentError(
+                f"unknown strength of augmentation {self.augment!r}; choose one of {', '.join(AUGMENT_STRENGTHS)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

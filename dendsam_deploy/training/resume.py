@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.training.options import DetectorTrainingOptions
     from dendsam_deploy.training.sam_options import FinetuneSamOptions
+    from dendsam_deploy.training.volume_list import LabelledPaths
 
 State = TypeVar("State")
 
 
 def training_fingerprint(
-    options: FinetuneSamOptions | DetectorTrainingOptions, volume_path: Path, labels_path: Path, start_digest: str
+    options: FinetuneSamOptions | DetectorTrainingOptions, volumes: Sequence[LabelledPaths], start_digest: str
 ) -> str:
     """Return a digest of everything that decides the result of a training but for the random order of its operations.
 
@@ -32,7 +33,7 @@ def training_fingerprint(
     ----------
     options : FinetuneSamOptions or DetectorTrainingOptions
         What was asked for; where the result goes does not matter.
-    volume_path, labels_path : Path
+    volumes : sequence of LabelledPaths
         The data; changed files count as other data.
     start_digest : str
         Digest, or name, of what training starts from.
@@ -40,9 +41,13 @@ def training_fingerprint(
     settings = dataclasses.asdict(options) | {
         "out": None,
         "resume": None,
+        "data": None,
         "start": start_digest,
-        "volume": input_signature(volume_path),
-        "labels": input_signature(labels_path),
+        "volumes": [
+            dataclasses.asdict(entry)
+            | {"place": None, "volume": input_signature(entry.volume), "labels": input_signature(entry.labels)}
+            for entry in volumes
+        ],
     }
     return hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()
 

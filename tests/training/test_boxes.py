@@ -12,6 +12,8 @@ from dendsam_deploy.training.boxes import (
     boxes_from_labels,
     label_components,
     plan_zoom,
+    slice_blocks,
+    slices_text,
     split_blocks,
 )
 
@@ -77,19 +79,53 @@ def test_split_holds_out_the_last_block_behind_a_gap():
 
 
 def test_split_of_few_slices_keeps_one_to_train_on():
-    assert split_blocks(2, 0.5, 3) == (range(1), range(1, 2))
-    assert split_blocks(1, 0.5, 3) == (range(1), range(1, 1))
+    assert split_blocks(2, 0.5, 0) == (range(1), range(1, 2))
+    assert split_blocks(5, 0.9, 3) == (range(1), range(4, 5))
     assert split_blocks(5, 0.0, 3) == (range(5), range(5, 5))
 
 
+def test_split_never_gives_up_the_gap():
+    with pytest.raises(InvalidArgumentError, match=r"at least 5 slices.* gap of 3, but slices 0:4 are 4"):
+        split_blocks(4, 0.2, 3)
+    with pytest.raises(InvalidArgumentError, match="at least 2 slices"):
+        split_blocks(1, 0.2, 0)
+
+
 @settings(deadline=None)
-@given(st.integers(1, 60), st.floats(0, 0.99), st.integers(0, 9))
-def test_split_blocks_are_disjoint_and_apart(depth, fraction, gap):
-    train, held_out = split_blocks(depth, fraction, gap)
-    assert len(train) >= 1
-    assert train.start == 0
-    assert held_out.stop == depth
-    assert 0 <= held_out.start - train.stop <= gap
+@given(st.integers(1, 60), st.floats(0, 0.99), st.integers(0, 9), st.data())
+def test_no_held_out_slice_lies_within_the_gap_of_a_training_slice(depth, fraction, gap, data):
+    first = data.draw(st.integers(0, depth - 1))
+    allowed = (first, data.draw(st.integers(first + 1, depth)))
+    named = data.draw(st.lists(st.tuples(st.integers(*allowed), st.integers(*allowed)), max_size=3))
+    held_out = tuple(sorted(pair) for pair in named if pair[0] != pair[1])
+    try:
+        train, judge = split_blocks(depth, fraction, gap, allowed, held_out)
+    except InvalidArgumentError:
+        # Refused only where nothing is left: an oracle that looks at every slice agrees.
+        wanted = {z for pair in held_out for z in range(*pair)} if held_out else {allowed[1] - 1}
+        assert all(min(abs(z - other) for other in wanted) <= gap for z in range(*allowed))
+        return
+    assert train
+    assert set(train) | set(judge) <= set(range(*allowed))
+    assert list(train) == sorted(set(train))
+    assert list(judge) == sorted(set(judge))
+    assert all(abs(z - other) > gap for z in train for other in judge)
+    if held_out:
+        assert set(judge) == {z for pair in held_out for z in range(*pair)}
+    elif fraction > 0:
+        assert judge
+        assert judge[-1] == allowed[1] - 1
+        assert train[-1] + gap + 1 == judge[0]  # nothing more than the gap is wasted
+
+
+def test_named_slices_are_held_out_of_the_middle():
+    train, judge = split_blocks(12, 0.15, 1, held_out=((4, 6), (9, 10)))
+    assert (slice_blocks(train), slice_blocks(judge)) == (((0, 3), (7, 8), (11, 12)), ((4, 6), (9, 10)))
+    assert slices_text(train) == "0:3+7:8+11:12"
+    with pytest.raises(InvalidArgumentError, match="slices 4:13 cannot be held out, because slices 0:12 are used"):
+        split_blocks(12, 0.15, 1, held_out=((4, 13),))
+    with pytest.raises(InvalidArgumentError, match="leaves none to train on"):
+        split_blocks(12, 0.15, 3, held_out=((3, 4), (8, 9)))
 
 
 @pytest.mark.parametrize(

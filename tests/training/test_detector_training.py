@@ -194,7 +194,7 @@ def test_a_hostile_architecture_inside_a_checkpoint_is_refused(volume, options, 
 
 def test_wishes_that_cannot_be_met_are_refused(volume, options):
     cases = [
-        (dataclasses.replace(options, slices=(3, 4)), InvalidArgumentError, "at least two slices"),
+        (dataclasses.replace(options, slices=(3, 4)), InvalidArgumentError, "at least 3 slices"),
         (dataclasses.replace(options, background_labels=(1, 2, 3, 4, 9)), VolumeError, "no object of 25 px or more"),
         (dataclasses.replace(options, start=volume[0]), CheckpointError, "not a"),
     ]

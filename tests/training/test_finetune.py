@@ -160,7 +160,7 @@ class TestRefusals:
             ({}, ("raw", "other"), VolumeError, r"other.tif: its shape \(8, 72, 79\) .* differs from \(8, 72, 80\)"),
             ({}, ("raw", "empty"), VolumeError, "empty.tif: no object of 25 px or more in slices 0:6"),
             ({"background_labels": (1, 2, 3, 4, 9)}, ("raw", "labels"), VolumeError, "no object of 25 px"),
-            ({"slices": (3, 4)}, ("raw", "labels"), InvalidArgumentError, "at least two slices"),
+            ({"slices": (3, 4)}, ("raw", "labels"), InvalidArgumentError, "at least 3 slices"),
             ({"slices": (3, 40)}, ("raw", "labels"), InvalidArgumentError, "slices 3:40 do not lie in a volume of 8"),
             ({"holdout_fraction": 0.0}, ("raw", "labels"), InvalidArgumentError, "one of them held out"),
             ({"from_scratch": False, "model_type": "vit_b"}, ("raw", "labels"), InvalidArgumentError, "needs weights"),
