@@ -13,11 +13,13 @@ from scipy import ndimage
 from dendsam_deploy.errors import InvalidArgumentError, VolumeError
 from dendsam_deploy.geometry import LOGIT_STRIDE_PX, Frame, default_overlap_px, region_cells, tile_grid
 from dendsam_deploy.training.augment import flip_and_turn, vary_intensity
-from dendsam_deploy.training.boxes import label_components
+from dendsam_deploy.training.boxes import label_components, slices_text
 from dendsam_deploy.volume.intensity import to_uint8
 from dendsam_deploy.volume.raster import resize_bilinear
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from dendsam_deploy.volume.volume import VolumeReader
@@ -90,8 +92,8 @@ class LabelledVolume:
     ----------
     image, labels : VolumeReader
         Open readers of the same shape; they stay open as long as this object is used.
-    slices : range
-        The slices that may be used.
+    slices : sequence of int
+        The slices that may be used, ascending; a range where they are contiguous.
     background : tuple of int
         Labels that are not objects, such as a membrane class; 0 never is one.
 
@@ -102,7 +104,7 @@ class LabelledVolume:
     """
 
     def __init__(
-        self, image: VolumeReader, labels: VolumeReader, slices: range, background: tuple[int, ...] = ()
+        self, image: VolumeReader, labels: VolumeReader, slices: Sequence[int], background: tuple[int, ...] = ()
     ) -> None:
         if image.info.shape_zyx != labels.info.shape_zyx:
             raise VolumeError(
@@ -110,6 +112,8 @@ class LabelledVolume:
                 f"{image.info.shape_zyx} of {image.info.source}; give the labels of the same volume"
             )
         self.slices = slices
+        self.depth = image.info.shape_zyx[0]
+        self.source, self.labels_source = str(image.info.source), str(labels.info.source)
         self._image, self._labels, self._background = image, labels, background
         self._cache: OrderedDict[int, LabelledSlice] = OrderedDict()
         self._cached_bytes = 0
@@ -117,7 +121,7 @@ class LabelledVolume:
     def __getitem__(self, z: int) -> LabelledSlice:
         """Return slice `z`, prepared; slices that may not be used are refused."""
         if z not in self.slices:
-            raise InvalidArgumentError(f"slice {z} is none of the slices {self.slices.start}:{self.slices.stop} in use")
+            raise InvalidArgumentError(f"slice {z} is none of the slices {slices_text(self.slices)} in use")
         if z in self._cache:
             self._cache.move_to_end(z)
             return self._cache[z]
@@ -141,7 +145,7 @@ class LabelledVolume:
         sampled = self._areas(self.slices[:: math.ceil(len(self.slices) / count)])
         return sampled if len(sampled) else self._areas(self.slices)
 
-    def _areas(self, slices: range) -> NDArray[np.int64]:
+    def _areas(self, slices: Sequence[int]) -> NDArray[np.int64]:
         areas = [np.bincount(self[z].objects.ravel())[1:] for z in slices]
         every = np.concatenate([np.zeros(0, np.int64), *areas]).astype(np.int64)
         return every[every >= MIN_OBJECT_PX]
