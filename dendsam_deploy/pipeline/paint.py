@@ -25,12 +25,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dendsam_deploy.geometry import Window
 from dendsam_deploy.instances import Instances
 from dendsam_deploy.pipeline.claims import (
     FULL_EVIDENCE,
+    Claim,
     Overlaps,
     bounding,
     claim_from_logits,
+    intersection,
     log_odds,
     measure_overlaps,
     specificity,
@@ -136,23 +139,29 @@ def _canonical_order(candidates: Candidates) -> NDArray[np.intp]:
 class _Contest:
     """A slice while claims compete for its pixels.
 
-    A claim that leaves or gives up pixels changes no pixels but those that it held, so only its neighbours are asked
-    again.
+    A claim that leaves or gives up pixels changes no pixels but those that it held, so only there are its neighbours
+    asked again.
     """
 
     def __init__(
         self, candidates: Candidates, overlaps: Overlaps, shape_hw: tuple[int, int], options: PaintOptions
     ) -> None:
         self._candidates = candidates
+        self._windows = [claim.window for claim in candidates.claims]
         self._overlaps = overlaps
         self._options = options
         self._strengths = log_odds(candidates.detections.scores * candidates.predicted_iou)
         self._strengths += options.specificity_weight * specificity(candidates.areas_px, overlaps)
+        steps = options.evidence_weight * np.arange(FULL_EVIDENCE + 1) / FULL_EVIDENCE
+        self._values = (self._strengths[:, None] + steps).astype(np.float32)
+        self._values[:, 0] = -np.inf
         self._evidence = [claim.evidence for claim in candidates.claims]
         self._alive = np.ones(len(candidates), bool)
         self._best = np.full(shape_hw, -np.inf, np.float32)
         self._winners = np.zeros(shape_hw, np.int32)
-        self._offer(self._alive)
+        self._held_px = np.zeros(len(candidates) + 1, np.int64)  # by winner; the first are nobody's
+        for index, window in enumerate(self._windows):
+            self._bid(index, window)
 
     def settle(self) -> tuple[LabelRuns, Candidates]:
         """Compete until nobody loses any more.
@@ -168,51 +177,73 @@ class _Contest:
         """
         areas_px = self._candidates.areas_px
         least_px = np.maximum(self._options.least_kept_fraction * areas_px, max(self._options.min_area_px, 1))
-        kept_px = areas_px.copy()
-        moved = np.ones(len(areas_px), bool)
-        unchecked = moved
+        unchecked = np.ones(len(areas_px), bool)
         while True:
-            for index in np.flatnonzero(moved).tolist():
-                kept_px[index] = np.count_nonzero(self._won(index))
-            changed = self._first_to_go(self._alive & (kept_px < least_px))
-            if changed.any():
-                self._take_off(changed)
+            losers = self._first_to_go(self._alive & (self._held_px[1:] < least_px))
+            if losers.any():
+                vacated = self._take_off(losers)
             else:
-                changed = self._cut_islands(unchecked & self._alive)
-                unchecked = np.zeros_like(moved)
-                if not changed.any():
+                vacated = self._cut_islands(unchecked & self._alive)
+                unchecked[:] = False
+                if not vacated:
                     break
-            moved = changed | self._neighbours(changed)
-            self._offer(moved & self._alive)
-            unchecked = unchecked | moved
+            unchecked |= self._refill(vacated)
         number = np.concatenate([[0], np.cumsum(self._alive)])
         runs = LabelRuns.of(self._winners)
         return replace(runs, labels=number[runs.labels]), self._candidates.take(self._alive)
 
     def _won(self, index: int) -> NDArray[np.bool_]:
         """Return the pixels of a claim's window that it holds."""
-        won: NDArray[np.bool_] = self._winners[self._candidates.claims[index].window.slices] == index + 1
+        won: NDArray[np.bool_] = self._winners[self._windows[index].slices] == index + 1
         return won
 
-    def _offer(self, who: NDArray[np.bool_]) -> None:
-        """Let claims bid for the pixels of their masks; an equal bid does not displace an earlier claim."""
-        evidence = np.arange(FULL_EVIDENCE + 1) / FULL_EVIDENCE
-        for index in np.flatnonzero(who).tolist():
-            value_of = (self._strengths[index] + self._options.evidence_weight * evidence).astype(np.float32)
-            value_of[0] = -np.inf
-            value = np.take(value_of, self._evidence[index])
-            place = self._candidates.claims[index].window.slices
-            best = self._best[place]
-            better = value > best
-            np.copyto(best, value, where=better)
-            np.copyto(self._winners[place], index + 1, where=better)
+    def _bid(self, index: int, window: Window) -> None:
+        """Let a claim bid for pixels of its window; an equal bid does not displace an earlier claim."""
+        value = np.take(self._values[index], self._part(index, window))
+        best, winners = self._best[window.slices], self._winners[window.slices]
+        better = value > best
+        displaced = winners[better]
+        self._held_px -= np.bincount(displaced, minlength=len(self._held_px))
+        self._held_px[index + 1] += len(displaced)
+        np.copyto(best, value, where=better)
+        np.copyto(winners, index + 1, where=better)
 
-    def _vacate(self, index: int, pixels: NDArray[np.bool_]) -> None:
-        """Take pixels of its window away from a claim, for good."""
-        place = self._candidates.claims[index].window.slices
-        self._best[place][pixels] = -np.inf
-        self._winners[place][pixels] = 0
-        self._evidence[index] = np.where(pixels, 0, self._evidence[index]).astype(np.uint8)
+    def _part(self, index: int, window: Window) -> NDArray[np.uint8]:
+        """Return a claim's evidence inside a window that lies in its own."""
+        return Claim(self._windows[index], self._evidence[index]).part(window)
+
+    def _refill(self, vacated: dict[int, Window]) -> NDArray[np.bool_]:
+        """Let the neighbours of claims bid where these gave up pixels; return whose pixels may have changed."""
+        concerned = np.zeros(len(self._alive), bool)
+        concerned[list(vacated)] = True
+        first, second = self._overlaps.first, self._overlaps.second
+        bidder, leaver = np.concatenate([first, second]), np.concatenate([second, first])
+        asked = concerned[leaver]
+        bidder, leaver = bidder[asked], leaver[asked]
+        concerned[bidder] = True
+        # In the order of the claims, because of two equal bids the earlier one stands.
+        for pair in np.lexsort((leaver, bidder)).tolist():
+            index = int(bidder[pair])
+            common = intersection(self._windows[index], vacated[int(leaver[pair])])
+            if self._alive[index] and common.height and common.width:
+                self._bid(index, common)
+        return concerned
+
+    def _vacate(self, index: int, pixels: NDArray[np.bool_]) -> Window:
+        """Take pixels that it holds, of its window, away from a claim, for good; return the window around them."""
+        window = self._windows[index]
+        (rows,), (columns,) = (np.nonzero(pixels.any(axis=axis)) for axis in (1, 0))
+        if not len(rows):
+            return Window(window.y0, window.x0, 0, 0)
+        y0, x0 = int(rows[0]), int(columns[0])
+        around = Window(window.y0 + y0, window.x0 + x0, int(rows[-1]) + 1 - y0, int(columns[-1]) + 1 - x0)
+        pixels = pixels[y0 : y0 + around.height, x0 : x0 + around.width]
+        self._evidence[index] = self._evidence[index].copy()
+        self._part(index, around)[pixels] = 0
+        self._best[around.slices][pixels] = -np.inf
+        self._winners[around.slices][pixels] = 0
+        self._held_px[index + 1] -= np.count_nonzero(pixels)
+        return around
 
     def _first_to_go(self, losers: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return the losers that overlap no weaker loser: of several that dispute a place, the others may yet live."""
@@ -223,18 +254,16 @@ class _Contest:
         goes[stronger[losers[first] & losers[second]]] = False
         return goes
 
-    def _take_off(self, losers: NDArray[np.bool_]) -> None:
-        """Remove claims from the contest."""
+    def _take_off(self, losers: NDArray[np.bool_]) -> dict[int, Window]:
+        """Remove claims from the contest; return where they held pixels."""
         self._alive &= ~losers
-        for index in np.flatnonzero(losers).tolist():
-            self._vacate(index, self._won(index))
+        return {index: self._vacate(index, self._won(index)) for index in np.flatnonzero(losers).tolist()}
 
-    def _cut_islands(self, who: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Cut off pieces that are small against the largest piece that a claim won; return which claims had some."""
-        had_some = np.zeros_like(who)
+    def _cut_islands(self, who: NDArray[np.bool_]) -> dict[int, Window]:
+        """Cut off pieces that are small against the largest piece that a claim won; return where there were some."""
         if not who.any():
-            return had_some
-        around = bounding([self._candidates.claims[index].window for index in np.flatnonzero(who)])
+            return {}
+        around = bounding([self._windows[index] for index in np.flatnonzero(who)])
         runs = LabelRuns.of(self._winners[around.slices])
         piece = runs.pieces(np.append(False, who)[runs.labels])
         sizes = np.bincount(piece, runs.lengths_px)
@@ -244,22 +273,14 @@ class _Contest:
         np.maximum.at(largest, owner[1:], sizes[1:])
         small = sizes < self._options.least_island_fraction * largest[owner]
         small[0] = False
-        if small.any():
-            had_some[owner[small] - 1] = True
-            islands = np.repeat(small[piece], runs.lengths_px).reshape(runs.shape_hw)
-            for index in np.flatnonzero(had_some).tolist():
-                window = self._candidates.claims[index].window
-                y0, x0 = window.y0 - around.y0, window.x0 - around.x0
-                inside = islands[y0 : y0 + window.height, x0 : x0 + window.width]
-                self._vacate(index, inside & self._won(index))
-        return had_some
-
-    def _neighbours(self, who: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return the claims that overlap any of the given ones."""
-        found = np.zeros_like(who)
-        found[self._overlaps.first[who[self._overlaps.second]]] = True
-        found[self._overlaps.second[who[self._overlaps.first]]] = True
-        return found
+        islands = np.repeat(small[piece], runs.lengths_px).reshape(runs.shape_hw)
+        vacated = {}
+        for index in np.unique(owner[small] - 1).tolist():
+            window = self._windows[index]
+            y0, x0 = window.y0 - around.y0, window.x0 - around.x0
+            inside = islands[y0 : y0 + window.height, x0 : x0 + window.width]
+            vacated[index] = self._vacate(index, inside & self._won(index))
+        return vacated
 
 
 def _instances(painted: LabelRuns, survivors: Candidates) -> Instances:
