@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dendsam_deploy.bundle.manifest import Role, TensorSpec
-from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX
+from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX, LOGIT_STRIDE_PX
+
+MASKS_PER_CLICK = 3
+"""Masks that the decoder for points returns for each prompt."""
 
 EMBEDDING_CHANNELS = 256
 """Width of SAM's image embedding, the same in every published model."""
@@ -16,6 +19,13 @@ def graph_inputs(role: Role, tile_size_px: int) -> tuple[TensorSpec, ...]:
         return (tiles,)
     if role == "encoder":
         return (tiles, TensorSpec("sizes", "int64", ("tiles", 2)))
+    if role == "points":
+        return (
+            _embeddings(tile_size_px),
+            TensorSpec("points", "float32", ("prompts", "points", 2)),
+            TensorSpec("labels", "int64", ("prompts", "points")),
+            TensorSpec("tile_index", "int64", ("prompts",)),
+        )
     return (
         _embeddings(tile_size_px),
         TensorSpec("boxes", "float32", ("boxes", 4)),
@@ -33,6 +43,12 @@ def graph_outputs(role: Role, tile_size_px: int) -> tuple[TensorSpec, ...]:
         )
     if role == "encoder":
         return (_embeddings(tile_size_px),)
+    if role == "points":
+        side = tile_size_px // LOGIT_STRIDE_PX
+        return (
+            TensorSpec("logits", "float32", ("prompts", MASKS_PER_CLICK, side, side)),
+            TensorSpec("iou", "float32", ("prompts", MASKS_PER_CLICK)),
+        )
     return (
         TensorSpec("logits", "float32", ("boxes", "4*region", "4*region")),
         TensorSpec("origin", "int64", ("boxes", 2)),

@@ -15,7 +15,9 @@ from dendsam_deploy.errors import BundleError
 SCHEMA_VERSION = 2
 """Version of the manifest that this program writes and reads."""
 
-Role = Literal["detector", "encoder", "decoder"]
+Role = Literal["detector", "encoder", "decoder", "points"]
+"""Parts of the chain; ``points``, the decoder for clicks, is not part of every bundle, and `segment` needs none."""
+
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 AttentionForm = Literal["added", "widened"]

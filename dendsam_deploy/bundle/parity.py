@@ -42,7 +42,7 @@ class ParityRow:
     level : int
         1 preprocessing, 2 tensors, 3 boxes, 4 masks, 5 instances.
     graph : str
-        What was measured: ``detector``, ``encoder``, ``decoder``, ``preprocessing`` or ``chain``.
+        What was measured: ``detector``, ``encoder``, ``decoder``, ``points``, ``preprocessing`` or ``chain``.
     engine, device, precision : str
         What the bundle ran on. A graph that it does not have at that precision ran at fp32, and is held to the limit
         of fp32.

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from dendsam_deploy.bundle.contract import EMBEDDING_CHANNELS
+from dendsam_deploy.bundle.contract import EMBEDDING_CHANNELS, MASKS_PER_CLICK
 from dendsam_deploy.errors import BundleError
 from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX, LOGIT_STRIDE_PX
 
@@ -70,12 +70,45 @@ class SamOutputs:
 
 
 @dataclass(frozen=True, slots=True)
+class PointAnswers:
+    """Clicks into the tiles, and what a SAM makes of them.
+
+    Parameters
+    ----------
+    points : ndarray, shape (M, P, 2), float32
+        Points ``(x, y)`` in tile px.
+    labels : ndarray, shape (M, P), int64
+        1 in the object, 0 beside it, -1 padding.
+    tile_index : ndarray, shape (M,), int64
+        The tile of each prompt.
+    logits : ndarray, shape (M, 3, S/4, S/4), float32
+        Of the three masks.
+    iou : ndarray, shape (M, 3), float32
+        Predicted IoU.
+    """
+
+    points: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    tile_index: NDArray[np.int64]
+    logits: NDArray[np.float32]
+    iou: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class StoredReference:
-    """Content of ``reference.npz``; `detector` is None where there is no trusted detector to compare with."""
+    """Content of ``reference.npz``.
+
+    `detector` is None where there is no trusted detector to compare with, `points` where the bundle takes no clicks.
+    """
 
     inputs: ReferenceInputs
     sam: SamOutputs
     detector: DetectorOutputs | None
+    points: PointAnswers | None = None
+
+
+_POINTS = "prompted_"
+_POINT_ARRAYS = tuple(field.name for field in dataclasses.fields(PointAnswers))
 
 
 def save_reference(path: Path, reference: StoredReference) -> None:
@@ -84,6 +117,8 @@ def save_reference(path: Path, reference: StoredReference) -> None:
     arrays = {field.name: getattr(part, field.name) for part in parts for field in dataclasses.fields(part)}
     if reference.detector is not None:
         arrays |= {"detector_boxes": reference.detector.boxes, "detector_scores": reference.detector.scores}
+    if reference.points is not None:
+        arrays |= {_POINTS + name: getattr(reference.points, name) for name in _POINT_ARRAYS}
     np.savez(path, **arrays)
 
 
@@ -113,7 +148,11 @@ def load_reference(path: Path, tile_size_px: int) -> StoredReference:
     if "detector_boxes" in arrays:
         detector = DetectorOutputs(arrays["detector_boxes"], arrays["detector_scores"])
     inputs = ReferenceInputs(arrays["tiles"], arrays["sizes"], arrays["boxes"], arrays["tile_index"])
-    return StoredReference(inputs, SamOutputs(arrays["embeddings"], arrays["logits"], arrays["iou"]), detector)
+    points = None
+    if any(name.startswith(_POINTS) for name in arrays):
+        points = PointAnswers(**{name: arrays[_POINTS + name] for name in _POINT_ARRAYS})
+    sam = SamOutputs(arrays["embeddings"], arrays["logits"], arrays["iou"])
+    return StoredReference(inputs, sam, detector, points)
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
@@ -155,6 +194,8 @@ def _check_arrays(path: Path, arrays: dict[str, NDArray[Any]], tile_size_px: int
         candidates = arrays["detector_boxes"].shape[1] if arrays["detector_boxes"].ndim > 1 else 0
         expected["detector_boxes"] = ("float32", (tiles, candidates, 4))
         expected["detector_scores"] = ("float32", (tiles, candidates))
+    if any(name.startswith(_POINTS) for name in arrays):
+        expected |= _expected_points(arrays, grid)
     if unknown := sorted(arrays.keys() ^ expected.keys()):
         raise BundleError(f"{path}: arrays are missing or unknown ({', '.join(unknown)}); export the bundle again")
     for name, (dtype, shape) in expected.items():
@@ -165,7 +206,22 @@ def _check_arrays(path: Path, arrays: dict[str, NDArray[Any]], tile_size_px: int
         raise BundleError(f"{path}: it names tiles or sizes that it does not hold; export the bundle again")
 
 
+def _expected_points(arrays: dict[str, NDArray[Any]], grid: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of each array about clicks; their numbers are those of the labels."""
+    labels = arrays.get(_POINTS + "labels")
+    prompts, points = labels.shape if labels is not None and labels.ndim == 2 else (0, 0)
+    return {
+        _POINTS + "points": ("float32", (prompts, points, 2)),
+        _POINTS + "labels": ("int64", (prompts, points)),
+        _POINTS + "tile_index": ("int64", (prompts,)),
+        _POINTS + "logits": ("float32", (prompts, MASKS_PER_CLICK, grid, grid)),
+        _POINTS + "iou": ("float32", (prompts, MASKS_PER_CLICK)),
+    }
+
+
 def _within(arrays: dict[str, NDArray[Any]], tiles: int, tile_size_px: int) -> bool:
-    """Tell whether every box names an existing tile and every size fits a tile."""
-    index, sizes = arrays["tile_index"].astype(np.int64), arrays["sizes"].astype(np.int64)
+    """Tell whether every prompt names an existing tile and every size fits a tile."""
+    clicked = arrays.get(_POINTS + "tile_index", np.zeros(0, np.int64))
+    index = np.concatenate([arrays["tile_index"], clicked]).astype(np.int64)
+    sizes = arrays["sizes"].astype(np.int64)
     return bool(((index >= 0) & (index < tiles)).all() and ((sizes >= 1) & (sizes <= tile_size_px)).all())

@@ -21,6 +21,7 @@ from dendsam_deploy.evaluate.compare_instances import (
     paint_stack,
 )
 from dendsam_deploy.evaluate.compare_masks import compare_masks, stacked_plan
+from dendsam_deploy.evaluate.compare_points import compare_points
 from dendsam_deploy.evaluate.compare_preprocessing import compare_preprocessing
 from dendsam_deploy.evaluate.compare_tensors import compare_embeddings, compare_end_to_end, compare_logits, encode
 from dendsam_deploy.evaluate.findings import Finding
@@ -131,6 +132,9 @@ def _findings(bench: _Bench) -> Iterator[Finding]:
     with bench.use(session.decoder) as decoder:
         yield from compare_logits(decoder, inputs, expected, session.manifest.decoding, bench.box_counts)
         yield from compare_end_to_end(decoder, embeddings, inputs, expected)
+        if session.points is not None and bench.truth.points is not None:
+            with bench.use(session.points) as clicked:
+                yield from compare_points(clicked, expected.embeddings, bench.truth.points)
         bench.tell("instances")
         yield from _compare_chain(decoder, embeddings, detections, bench)
 

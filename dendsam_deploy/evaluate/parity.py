@@ -7,7 +7,7 @@ it passed or failed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from dendsam_deploy.bundle.bundle import Bundle
@@ -147,7 +147,8 @@ def _judged(subject: _Subject, combination: Combination, tell: Callable[[str], N
     """Judge one combination; where its engine refuses the graphs, say so."""
     options = subject.options
     try:
-        session = session_on(subject.bundle, Choice(combination, is_proven=False), options.session)
+        wishes = replace(options.session, with_points=True)
+        session = session_on(subject.bundle, Choice(combination, is_proven=False), wishes)
         report = compare_session(session, subject.truth, options.box_counts, tell)
         if subject.slices is None:
             return report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.bundle.bundle import Bundle
     from dendsam_deploy.bundle.manifest import Role
-    from dendsam_deploy.bundle.reference import DetectorOutputs, StoredReference
+    from dendsam_deploy.bundle.reference import DetectorOutputs, PointAnswers, StoredReference
     from dendsam_deploy.runtimes.runner import Runner
 
 FP32 = Combination("onnxruntime", "cpu", "fp32")
@@ -74,6 +74,8 @@ class Truth:
         Detector and SAM together.
     sam_from, detector_from : str
         ``torch``, ``stored`` or ``fp32``.
+    points : PointAnswers or None
+        Of segment_anything for clicks; None where the bundle takes none.
     """
 
     inputs: ReferenceInputs
@@ -83,6 +85,7 @@ class Truth:
     detected: DetectedObjects | None = None
     sam_from: Reference = "stored"
     detector_from: Reference = "stored"
+    points: PointAnswers | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,7 @@ def collect_truth(bundle: Bundle, originals: Originals) -> Truth:
         detected=detected,
         sam_from="stored" if originals.sam is None else "torch",
         detector_from=detector_from,
+        points=_point_answers(bundle, stored, sam, originals),
     )
 
 
@@ -184,6 +188,18 @@ def _detector_outputs(
         return None, "stored"
     with session.detector as detector:
         return detect(detector, stored.inputs), "fp32" if originals.detector is None else "torch"
+
+
+def _point_answers(
+    bundle: Bundle, stored: StoredReference, sam: SamOutputs, originals: Originals
+) -> PointAnswers | None:
+    """Return what the stored clicks give: run segment_anything's own predictor where its checkpoint is given."""
+    known = stored.points
+    if known is None or originals.sam is None:
+        return known
+    runner = _torch_reference().points_runner(originals.sam, bundle.manifest)
+    inputs = {name: getattr(known, name) for name in ("points", "labels", "tile_index")}
+    return replace(known, **run_graph(runner, {"embeddings": sam.embeddings, **inputs}))
 
 
 def _detected(prompts: Prompts, sam: SamOutputs, decoder: Runner, masks_from: Reference) -> DetectedObjects:

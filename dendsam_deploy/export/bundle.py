@@ -1,4 +1,4 @@
-"""From weights to a bundle: three graphs, a stored reference, a model card, and a proof before it gets its name."""
+"""From weights to a bundle: its graphs, a stored reference, a model card, and a proof before it gets its name."""
 
 from __future__ import annotations
 
@@ -24,12 +24,19 @@ from dendsam_deploy.export.draft import (
     encoder_graph,
     failed_engines,
     is_refused,
+    points_graph,
 )
 from dendsam_deploy.export.model_card import TrainingFacts
 from dendsam_deploy.export.options import DEFAULT_THRESHOLDS, ExportOptions
 from dendsam_deploy.export.parser_support import unsupported_nodes
 from dendsam_deploy.export.precision import Rung, Tell, with_precision
-from dendsam_deploy.export.reference import ReferenceOptions, checkpoint_digest, reference_inputs, sam_outputs
+from dendsam_deploy.export.reference import (
+    ReferenceOptions,
+    checkpoint_digest,
+    point_answers,
+    reference_inputs,
+    sam_outputs,
+)
 from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX, default_overlap_px
 from dendsam_deploy.models.weights import TrainingRecord, load_sam
 from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
@@ -136,13 +143,15 @@ def _fp32_parts(
     rung = Rung("fp32", choose_attention(loaded.sam, options.attention, judges.stopwatch))
     encoder = encoder_graph(weights, rung, folder)
     _step(progress, "decoder")
-    decoder = decoder_graph(weights, rung, folder)
+    decoder, points = decoder_graph(weights, rung, folder), points_graph(weights, folder)
     _step(progress, "reference")
     outputs = None if detector is None else detector.outputs
     with storage_errors(options.out):
-        save_reference(folder / REFERENCE_FILE, StoredReference(inputs, sam_outputs(loaded.sam, inputs), outputs))
+        answers = sam_outputs(loaded.sam, inputs)
+        clicks = point_answers(loaded.sam, inputs, answers.embeddings)
+        save_reference(folder / REFERENCE_FILE, StoredReference(inputs, answers, outputs, clicks))
     source = Source("sam", loaded.record.model_type, checkpoint_digest(options.sam, loaded.sha256))
-    manifest = _manifest(options, weights, source, (encoder, decoder))
+    manifest = _manifest(options, weights, source, (encoder, decoder, points))
     facts = TrainingFacts(loaded.record.summary, {})
     if detector is None:
         return weights, manifest, facts

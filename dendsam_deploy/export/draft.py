@@ -18,6 +18,7 @@ from dendsam_deploy.export.model_card import TrainingFacts, model_card
 from dendsam_deploy.models.box_decoder import BoxDecoderGraph
 from dendsam_deploy.models.image_encoder import ImageEncoderGraph
 from dendsam_deploy.models.plain_encoder import PlainEncoder
+from dendsam_deploy.models.point_decoder import PointDecoderGraph
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -112,6 +113,12 @@ def decoder_graph(weights: Weights, rung: Rung, folder: Path) -> GraphSpec:
     """Write the box decoder at a precision."""
     export = GraphExport("decoder", weights.preprocessing.tile_size_px, rung.precision)
     return onnx_from_torch(BoxDecoderGraph(weights.sam, rung.dtype), export, folder / export.file)
+
+
+def points_graph(weights: Weights, folder: Path) -> GraphSpec:
+    """Write the decoder for points, which exists at fp32 only: it serves comparisons and clicks, not whole volumes."""
+    export = GraphExport("points", weights.preprocessing.tile_size_px)
+    return onnx_from_torch(PointDecoderGraph(weights.sam), export, folder / export.file)
 
 
 def detector_graphs(weights: Weights, rung: Rung, folder: Path) -> tuple[GraphSpec, ...]:

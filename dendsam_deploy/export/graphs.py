@@ -42,7 +42,7 @@ class GraphExport:
     Parameters
     ----------
     role : str
-        ``detector``, ``encoder`` or ``decoder``; decides the names, dtypes and shapes.
+        ``detector``, ``encoder``, ``decoder`` or ``points``; decides the names, dtypes and shapes.
     tile_size_px : int
         Side of the square tiles.
     precision : str
@@ -188,7 +188,7 @@ def _model_from_torch(module: nn.Module, export: GraphExport) -> onnx_ir.Model:
 
 def _example_inputs(export: GraphExport) -> tuple[Tensor, ...]:
     """Return inputs for tracing; free axes get lengths above 1, because torch takes 0 and 1 for constants."""
-    lengths = {"tiles": 2, "boxes": 3}
+    lengths = {"tiles": 2, "boxes": 3, "prompts": 3, "points": 2}
     inputs = []
     for spec in graph_inputs(export.role, export.tile_size_px):
         shape = [n if isinstance(n, int) else lengths[n] for n in spec.shape]

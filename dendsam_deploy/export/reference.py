@@ -10,10 +10,10 @@ import torch
 from scipy import ndimage
 
 from dendsam_deploy.bundle.manifest import FileDigest
-from dendsam_deploy.bundle.reference import DetectorOutputs, ReferenceInputs, SamOutputs
+from dendsam_deploy.bundle.reference import DetectorOutputs, PointAnswers, ReferenceInputs, SamOutputs
 from dendsam_deploy.errors import VolumeError
 from dendsam_deploy.geometry import Window
-from dendsam_deploy.models.reference import OriginalDetector, decode_boxes, encode_tiles
+from dendsam_deploy.models.reference import OriginalDetector, decode_boxes, decode_points, encode_tiles
 from dendsam_deploy.volume.intensity import to_uint8
 from dendsam_deploy.volume.open import open_volume
 from dendsam_deploy.volume.phantom import PhantomOptions, make_phantom
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
 SMALLEST_BOX_PX = 8
+
+_CLICKED_BOXES, _CLICK_SEED = 8, 22
+"""Prompts of points in the reference; three whole masks each are 6 MB at 1024 px."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,20 @@ def sam_outputs(sam: Sam, inputs: ReferenceInputs) -> SamOutputs:
     boxes, tile_index = torch.from_numpy(inputs.boxes), torch.from_numpy(inputs.tile_index)
     logits, iou = decode_boxes(sam, embeddings, boxes, tile_index)
     return SamOutputs(embeddings.numpy(), logits.numpy(), iou.numpy())
+
+
+def point_answers(sam: Sam, inputs: ReferenceInputs, embeddings: NDArray[np.float32]) -> PointAnswers:
+    """Return what segment_anything makes of clicks: in the middle of boxes, beside them, and with padding."""
+    rng = np.random.default_rng(_CLICK_SEED)
+    few = slice(0, _CLICKED_BOXES)
+    boxes, tile_index = inputs.boxes[few], inputs.tile_index[few]
+    points = rng.uniform(0, 1, (len(boxes), 3, 2)).astype(np.float32) * inputs.sizes[tile_index][:, None, ::-1]
+    points[:, 0] = (boxes[:, :2] + boxes[:, 2:]) / 2
+    labels = rng.integers((1, 0, -1), 2, (len(boxes), 3))
+    points = points.astype(np.float32)
+    tensors = (torch.from_numpy(array) for array in (embeddings, points, labels, tile_index))
+    logits, iou = decode_points(sam, *tensors)
+    return PointAnswers(points, labels, tile_index, logits.numpy(), iou.numpy())
 
 
 def detector_outputs(detector: OriginalDetector, inputs: ReferenceInputs, candidates: int) -> DetectorOutputs:

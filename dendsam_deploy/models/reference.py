@@ -10,6 +10,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
+from segment_anything import SamPredictor
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -77,6 +78,42 @@ def decode_boxes(sam: Sam, embeddings: Tensor, boxes: Tensor, tile_index: Tensor
                 multimask_output=False,
             )
             logits[members], iou[members] = masks[:, 0], scores[:, 0]
+    return logits, iou
+
+
+@torch.no_grad()
+def decode_points(
+    sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor, tile_index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what ``SamPredictor.predict_torch(point_coords, point_labels, multimask_output=True)`` returns.
+
+    Parameters
+    ----------
+    sam : Sam
+        The model.
+    embeddings : Tensor, shape (b, 256, S/16, S/16), float32
+        Of the tiles.
+    points : Tensor, shape (n, p, 2), float32
+        Points ``(x, y)`` in tile px.
+    labels : Tensor, shape (n, p), int64
+        1 in the object, 0 beside it, -1 padding.
+    tile_index : Tensor, shape (n,), int64
+        The tile of each prompt.
+
+    Returns
+    -------
+    logits : Tensor, shape (n, 3, S/4, S/4), float32
+    iou : Tensor, shape (n, 3), float32
+    """
+    predictor = SamPredictor(sam)
+    predictor.original_size = predictor.input_size = (sam.image_encoder.img_size,) * 2
+    predictor.is_image_set = True
+    side = embeddings.shape[-1] * EMBEDDING_STRIDE_PX // LOGIT_STRIDE_PX
+    logits, iou = embeddings.new_zeros(points.shape[0], 3, side, side), embeddings.new_zeros(points.shape[0], 3)
+    for number, tile in enumerate(tile_index.tolist()):
+        predictor.features = embeddings[tile : tile + 1]
+        one = slice(number, number + 1)
+        _, iou[one], logits[one] = predictor.predict_torch(points[one], labels[one], multimask_output=True)
     return logits, iou
 
 

@@ -42,6 +42,8 @@ class SessionOptions:
         SHA-256 of compiled engines that may be loaded, which runs code, although somebody else made them.
     progress : callable
         Told about slow preparations of an engine, such as compiling.
+    with_points : bool
+        Whether the decoder for points is loaded as well. `segment` needs none.
     """
 
     engine: str = "auto"
@@ -50,6 +52,7 @@ class SessionOptions:
     threads: int | None = None
     trusted_engines: tuple[str, ...] = ()
     progress: ProgressCallback = field(default=no_progress, compare=False, repr=False)
+    with_points: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ class Session:
         Whether `verify` has found these graphs on this engine, device and precision equal to their weights.
     reason : str
         Why this engine, device and precision were chosen, for people; empty where the user said it.
+    points : Runner or None
+        Decoder for points; None where it was not asked for, or the bundle has none.
     """
 
     manifest: Manifest
@@ -81,6 +86,7 @@ class Session:
     precision: Precision = "fp32"
     is_proven: bool = False
     reason: str = ""
+    points: Runner | None = None
 
     @property
     def engine(self) -> str:
@@ -104,7 +110,8 @@ class Session:
     @property
     def runners(self) -> tuple[Runner, ...]:
         """The runners that exist, in the order in which a slice meets them."""
-        return tuple(runner for runner in (self.detector, self.encoder, self.decoder) if runner is not None)
+        everything = (self.detector, self.encoder, self.decoder, self.points)
+        return tuple(runner for runner in everything if runner is not None)
 
     def __enter__(self) -> Self:
         with ExitStack() as opened:
@@ -194,7 +201,7 @@ def session_on(bundle: Bundle, choice: Choice, options: SessionOptions) -> Sessi
     choice : Choice
         What they run on.
     options : SessionOptions
-        Of these only the threads count.
+        Of these only the threads, trusted engines and `with_points` count.
 
     Raises
     ------
@@ -206,7 +213,8 @@ def session_on(bundle: Bundle, choice: Choice, options: SessionOptions) -> Sessi
 
     def runner(role: Role) -> Runner | None:
         graph = bundle.manifest.graph(role, precision) or bundle.manifest.graph(role, "fp32")
-        return ENGINES[engine](bundle.graph_path(role, graph.precision), graph, options) if graph else None
+        maker = ENGINES[_POINT_ENGINES.get(engine, engine) if role == "points" else engine]
+        return maker(bundle.graph_path(role, graph.precision), graph, options) if graph else None
 
     encoder, decoder = runner("encoder"), runner("decoder")
     assert encoder is not None, "`combinations_on_offer` saw to it"
@@ -219,6 +227,7 @@ def session_on(bundle: Bundle, choice: Choice, options: SessionOptions) -> Sessi
         precision=precision,
         is_proven=choice.is_proven,
         reason=choice.reason,
+        points=runner("points") if options.with_points else None,
     )
 
 
@@ -278,3 +287,9 @@ ENGINES: Mapping[str, RunnerMaker] = MappingProxyType(
     }
 )
 """Engines by name. A new engine is one file with a runner, one row here, and one in `choice.PLACES`."""
+
+_POINT_ENGINES: Mapping[str, str] = MappingProxyType(
+    # Compiling for every number of points takes TensorRT longer than a comparison lasts.
+    {"tensorrt": "onnxruntime", "onnxruntime+tensorrt": "onnxruntime"}
+)
+"""What runs the decoder for points where the session's own engine does not; the runner names its engine."""

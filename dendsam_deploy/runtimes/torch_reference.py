@@ -16,7 +16,7 @@ from dendsam_deploy.geometry import cut_regions, region_origins
 from dendsam_deploy.models.detector import load_detector
 from dendsam_deploy.models.detector_graph import DetectorGraph
 from dendsam_deploy.models.detector_scale import detector_input_size
-from dendsam_deploy.models.reference import OriginalDetector, decode_boxes, encode_tiles
+from dendsam_deploy.models.reference import OriginalDetector, decode_boxes, decode_points, encode_tiles
 from dendsam_deploy.models.weights import load_sam
 from dendsam_deploy.runtimes.runner import CallableRunner
 
@@ -83,6 +83,25 @@ def decoder_runner(sam: Sam) -> TorchRunner:
         return {"logits": cut_regions(logits.numpy(), origin, region), "origin": origin, "iou": iou.numpy()}
 
     return TorchRunner(_spec("decoder", sam.image_encoder.img_size), decode)
+
+
+def points_runner(checkpoint: Path, manifest: Manifest) -> TorchRunner:
+    """Return SAM's own predictor for points as a runner.
+
+    Raises
+    ------
+    CheckpointError
+        Where it is another file than the one that the manifest names as source.
+    """
+    loaded = load_sam(checkpoint, manifest.preprocessing.tile_size_px)
+    _check_source(checkpoint, loaded.sha256, "sam", manifest)
+    names = ("embeddings", "points", "labels", "tile_index")
+
+    def decode(inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+        logits, iou = decode_points(loaded.sam, *(torch.tensor(inputs[name]) for name in names))
+        return {"logits": logits.numpy(), "iou": iou.numpy()}
+
+    return TorchRunner(_spec("points", loaded.sam.image_encoder.img_size), decode)
 
 
 def detector_runner(checkpoint: Path, manifest: Manifest) -> TorchRunner:

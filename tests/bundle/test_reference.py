@@ -11,6 +11,7 @@ import pytest
 
 from dendsam_deploy.bundle.reference import (
     DetectorOutputs,
+    PointAnswers,
     ReferenceInputs,
     SamOutputs,
     StoredReference,
@@ -131,4 +132,49 @@ def test_a_pickle_inside_is_never_opened(tmp_path: Path):
 def test_what_is_no_archive_is_named(tmp_path: Path, content: bytes):
     (tmp_path / "reference.npz").write_bytes(content)
     with pytest.raises(BundleError, match=r"reference\.npz"):
+        load_reference(tmp_path / "reference.npz", SIZE)
+
+
+def with_clicks() -> StoredReference:
+    rng = np.random.default_rng(2)
+    clicks = PointAnswers(
+        points=rng.uniform(0, SIZE, (4, 2, 2)).astype(np.float32),
+        labels=rng.integers(-1, 2, (4, 2)),
+        tile_index=np.array([0, 1, 1, 0]),
+        logits=rng.normal(size=(4, 3, 16, 16)).astype(np.float32),
+        iou=rng.uniform(size=(4, 3)).astype(np.float32),
+    )
+    return dataclasses.replace(reference(), points=clicks)
+
+
+def test_clicks_are_read_as_they_were_written(tmp_path: Path):
+    written = with_clicks()
+    save_reference(tmp_path / "reference.npz", written)
+    read = load_reference(tmp_path / "reference.npz", SIZE)
+    assert read.points is not None
+    for field in dataclasses.fields(PointAnswers):
+        np.testing.assert_array_equal(getattr(read.points, field.name), getattr(written.points, field.name))
+    assert read.detector is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("prompted_iou"), "missing or unknown"),
+        (lambda a: a.update(prompted_more=np.zeros(1)), "missing or unknown"),
+        (lambda a: a.update(prompted_labels=np.zeros(4, np.int64)), r"expected float32\(0, 0, 2\)"),
+        (
+            lambda a: a.update(prompted_logits=a["prompted_logits"][:, :2]),
+            r"prompted_logits is float32\(4, 2, 16, 16\)",
+        ),
+        (lambda a: a.update(prompted_tile_index=np.array([0, 1, 1, 2])), "does not hold"),
+    ],
+)
+def test_clicks_that_do_not_fit_are_refused(tmp_path: Path, change, message: str):
+    save_reference(tmp_path / "right.npz", with_clicks())
+    with np.load(tmp_path / "right.npz") as archive:
+        arrays = dict(archive)
+    change(arrays)
+    write_archive(tmp_path / "reference.npz", arrays)
+    with pytest.raises(BundleError, match=message):
         load_reference(tmp_path / "reference.npz", SIZE)

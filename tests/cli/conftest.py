@@ -119,5 +119,5 @@ def bundle(random_sam: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["export", "--sam", str(random_sam), "-o", str(path), "--no-verify", "--pixel-size", "12"]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main(words) == 0
-    assert out.getvalue() == f"{path}: encoder, decoder; unproven\n"
+    assert out.getvalue() == f"{path}: encoder, decoder, points; unproven\n"
     return path

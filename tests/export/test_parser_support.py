@@ -45,7 +45,7 @@ def one_node(path: Path, operator: str, kinds: list[int], out: int) -> Path:
     return save(path, [node], inputs, {"y": (out, ["p", "q"])})
 
 
-@pytest.mark.parametrize("role", ["detector", "encoder", "decoder"])
+@pytest.mark.parametrize("role", ["detector", "encoder", "decoder", "points"])
 def test_exported_graphs_are_taken(exported: Exported, role: str) -> None:
     files = [file for file in sorted(exported.bundle.glob(f"{role}*.onnx")) if ".int8." not in file.name]
     assert files

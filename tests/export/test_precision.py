@@ -80,7 +80,7 @@ def test_a_precision_that_fails_is_replaced_by_the_next_and_fp32_is_left_at_last
     assert said[0].startswith("fp16 with relative position widened differs from the weights in 1 of 1 checks")
     assert len(said) == 5
     assert "does without" in said[-1]
-    assert sorted(path.name for path in bundle.path.glob("*.onnx")) == ["decoder.onnx", "encoder.onnx"]
+    assert sorted(path.name for path in bundle.path.glob("*.onnx")) == ["decoder.onnx", "encoder.onnx", "points.onnx"]
 
 
 def test_a_precision_that_no_engine_here_runs_is_published_as_unproven(checkpoint: Path, tmp_path: Path):

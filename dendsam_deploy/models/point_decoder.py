@@ -1,0 +1,114 @@
+"""SAM's decoder for clicks as a deployable graph: several points of an object, in it or beside it, give three masks.
+
+The graph equals ``SamPredictor.predict_torch(point_coords, point_labels, multimask_output=True)`` to rounding, for the
+same points and labels. It shares the two-way transformer of `box_decoder`; what differs from a box is that
+
+- points that belong to the object, points that do not, and padding have embeddings of their own, and padding has no
+  position;
+- without a box segment_anything appends one point of padding to every prompt. The graph does so, too: nothing has to be
+  appended by the caller. Further padding takes part in attention, there as here, so prompts with different numbers of
+  points equal single predictions only where each number has a call of its own;
+- mask tokens 1 to 3 are read, whose masks are meant as the whole, a part and a smaller part. Whoever wants one takes
+  that of the highest predicted IoU;
+- where the object ends is not known beforehand, so that masks cover the whole grid.
+
+References
+----------
+segment_anything/modeling/{mask_decoder,prompt_encoder}.py and segment_anything/predictor.py at
+github.com/facebookresearch/segment-anything.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX
+from dendsam_deploy.models.box_decoder import BoxDecoderGraph
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import Sam
+
+MASKS_PER_PROMPT = 3
+"""Masks that a click gives: SAM's multimask output."""
+
+_BESIDE, _INSIDE = 0, 1
+"""Labels of points, and their places in the prompt encoder's list of embeddings; -1 is padding."""
+
+
+class PointDecoderGraph(nn.Module):
+    """The decoder of a SAM for point prompts, in float32.
+
+    Parameters
+    ----------
+    sam : Sam
+        Its prompt encoder and mask decoder are shared, not copied.
+    """
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__()
+        self.decoder = BoxDecoderGraph(sam)
+
+    def forward(self, embeddings: Tensor, points: Tensor, labels: Tensor, tile_index: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode points to mask logits.
+
+        Parameters
+        ----------
+        embeddings : Tensor, shape (b, 256, S/16, S/16), float32
+            Encoder output of the tiles.
+        points : Tensor, shape (n, p, 2), float32
+            Points ``(x, y)`` in tile px, whole numbers at the centres of pixels as in segment_anything.
+        labels : Tensor, shape (n, p), int64
+            1 for a point of the object, 0 for one beside it, -1 for padding.
+        tile_index : Tensor, shape (n,), int64
+            The tile that each prompt belongs to.
+
+        Returns
+        -------
+        logits : Tensor, shape (n, 3, S/4, S/4), float32
+            Logits of the three masks.
+        iou : Tensor, shape (n, 3), float32
+            Their predicted IoU.
+        """
+        decoded = self.decoder.decode_prompts(embeddings, self._tokens(points, labels), tile_index)
+        perceptrons = self.decoder.mask_decoder.output_hypernetworks_mlps
+        kernels = torch.stack(
+            [perceptrons[token](decoded.masks[:, token]) for token in range(1, MASKS_PER_PROMPT + 1)], dim=2
+        )
+        return self._mask_logits(decoded.image, kernels), decoded.iou[:, 1:]
+
+    def _tokens(self, points: Tensor, labels: Tensor) -> Tensor:
+        """Return the tokens ``(n, p + 1, C)`` of points, the padding that segment_anything appends included."""
+        encoder = self.decoder.prompt_encoder
+        padding = encoder.not_a_point_embed.weight
+        unit = (points + 0.5) / (self.decoder.grid * EMBEDDING_STRIDE_PX)
+        angle = 2 * math.pi * ((2 * unit - 1) @ encoder.pe_layer.positional_encoding_gaussian_matrix)
+        position = torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1)
+        kind = labels[:, :, None]
+        inside, beside = (position + encoder.point_embeddings[place].weight for place in (_INSIDE, _BESIDE))
+        tokens = torch.where(kind == _INSIDE, inside, torch.where(kind == _BESIDE, beside, padding))
+        return torch.cat([tokens, padding.expand(points.shape[0], 1, -1)], dim=1)
+
+    def _mask_logits(self, image: Tensor, kernels: Tensor) -> Tensor:
+        """Upscale image tokens ``(n, P, C)`` once and multiply by the kernels ``(n, C/8, m)``: ``(n, m, S/4, S/4)``."""
+        first, norm, activation, second, _ = self.decoder.mask_decoder.output_upscaling
+        hidden = _subcells(image, first)
+        hidden = activation(functional.layer_norm(hidden, hidden.shape[-1:], norm.weight, norm.bias, norm.eps))
+        fine: Tensor = activation(_subcells(hidden, second))
+        # (n, P, 4, 4, c) . (n, c, m): the axes of 4 are the (y, x) pairs of the first and of the second upscaling.
+        logits = (fine.flatten(1, 3) @ kernels).transpose(1, 2)
+        side = self.decoder.grid
+        logits = logits.reshape(-1, MASKS_PER_PROMPT, side, side, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
+        return logits.reshape(-1, MASKS_PER_PROMPT, 4 * side, 4 * side)
+
+
+def _subcells(cells: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
+    """Apply a transposed convolution of kernel = stride = 2 to channels-last cells ``(..., c)``: ``(..., 4, c')``."""
+    bias = layer.bias
+    assert bias is not None, "segment_anything's upscaling has biases"
+    matrix = layer.weight.permute(0, 2, 3, 1).flatten(1)
+    return torch.unflatten(cells @ matrix, -1, (4, len(bias))) + bias
