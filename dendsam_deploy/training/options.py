@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 AugmentStrength = Literal["none", "light", "em"]
 AUGMENT_STRENGTHS: tuple[AugmentStrength, ...] = get_args(AugmentStrength)
-"""How much training tiles are varied, see `DataOptions`."""
+"""How much tiles are varied: not at all; in scale, orientation and grey values; also as sections of EM vary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +41,8 @@ class DataOptions:
     voxel_size_nm : (float, float, float) or None
         Overrides what the file records.
     augment : str
-        How much training tiles are varied: ``none``, ``light`` (orientation, intensity, focus, noise) or ``em`` (also
-        deformation, folds and charging, sections that are thin, dark or partly missing).
+        How much training tiles are varied: ``none``, ``light`` (scale, orientation, grey values, focus, noise) or
+        ``em`` (also deformation, uneven thickness, dark sections, dark and missing bands).
     """
 
     data: Path | None = None

@@ -156,7 +156,9 @@ def _divided(
     # has to go by the zoom.
     is_square = voxel_size is not None and voxel_size[1] == voxel_size[2]
     pixel_size_nm = voxel_size[1] / zoom if voxel_size is not None and is_square else None
-    recipe = TileRecipe(tile_size_px, zoom)
+    recipe = TileRecipe(tile_size_px, zoom, augment=options.augment)
+    if options.augment == "none":
+        recipe = dataclasses.replace(recipe, scale_octaves=0.0, stretch=0.0)
     return TrainingSource(learn, held_out, recipe, entry.weight, pixel_size_nm, entry.volume.name)
 
 
