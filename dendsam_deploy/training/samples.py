@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from dendsam_deploy.errors import InvalidArgumentError, VolumeError
 from dendsam_deploy.geometry import LOGIT_STRIDE_PX, Frame, default_overlap_px, region_cells, tile_grid
-from dendsam_deploy.training.augment import flip_and_turn, vary_intensity
+from dendsam_deploy.training.augment import augmented
 from dendsam_deploy.training.boxes import label_components, slices_text
 from dendsam_deploy.volume.intensity import to_uint8
 from dendsam_deploy.volume.raster import resize_bilinear
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from dendsam_deploy.training.options import AugmentStrength
     from dendsam_deploy.volume.volume import VolumeReader
 
 MIN_OBJECT_PX = 25
@@ -77,12 +78,15 @@ class TileRecipe:
         Training varies the zoom by up to this many octaves either way.
     stretch : float
         The zooms of the two axes differ by up to this fraction.
+    augment : str
+        How much else is varied; see `options.AUGMENT_STRENGTHS`.
     """
 
     tile_size_px: int
     zoom: float
     scale_octaves: float = 0.35
     stretch: float = 0.12
+    augment: AugmentStrength = "light"
 
 
 class LabelledVolume:
@@ -163,8 +167,8 @@ def random_tile(volume: LabelledVolume, recipe: TileRecipe, rng: np.random.Gener
     window = tuple(slice(first, first + length) for first, length in zip(corner, extent, strict=True))
     target = np.clip(np.round(extent * zooms).astype(int), 1, recipe.tile_size_px)
     image, objects = _resampled(source.image[window], source.objects[window], (int(target[0]), int(target[1])))
-    image, objects = flip_and_turn(image, objects, rng)
-    return _padded(vary_intensity(image, rng), objects, recipe.tile_size_px)
+    image, objects = augmented(image, objects, recipe.augment, rng)
+    return _padded(image, objects, recipe.tile_size_px)
 
 
 def deployed_tiles(source: LabelledSlice, recipe: TileRecipe) -> list[Tile]:
