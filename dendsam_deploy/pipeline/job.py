@@ -118,8 +118,25 @@ class Job:
     journal: Journal
 
 
-def plan_job(volume_path: Path, volume: VolumeReader, session: Session, options: SegmentOptions) -> Job:
+def plan_job(
+    volume_path: Path,
+    volume: VolumeReader,
+    session: Session,
+    options: SegmentOptions,
+    further: Settings | None = None,
+) -> Job:
     """Settle everything that does not depend on the slices, and open the run's folder.
+
+    Parameters
+    ----------
+    volume_path, volume : Path, VolumeReader
+        The volume, open.
+    session : Session
+        What segments it.
+    options : SegmentOptions
+        How.
+    further : dict, optional
+        Settings of a run that does more than `segment`; JSON values.
 
     Raises
     ------
@@ -161,6 +178,7 @@ def plan_job(volume_path: Path, volume: VolumeReader, session: Session, options:
         "boxes": boxes.sha256(output.slices) if boxes else None,
         "link": asdict(output.link),
         "format": output.format,
+        **(further or {}),
     }
     begin = restart_run if options.restart else begin_run
     journal = begin(folder, settings, input_signature(volume_path))

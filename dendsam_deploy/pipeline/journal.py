@@ -121,9 +121,13 @@ class Journal:
         """
         with clock.measure("write"):
             piece = bytes_from_instances(instances)
-            with published(self.piece_path(z)) as stream:
-                stream.write(piece)
-        entry = SliceEntry(z, sha256(piece), input_sha256, len(instances), clock.seconds)
+        self.record_piece(z, piece, len(instances), input_sha256, clock)
+
+    def record_piece(self, z: int, piece: bytes, objects: int, input_sha256: str, clock: StageClock) -> None:
+        """Write a slice's file of any content, then the line that proves it; see `record`."""
+        with clock.measure("write"), published(self.piece_path(z)) as stream:
+            stream.write(piece)
+        entry = SliceEntry(z, sha256(piece), input_sha256, objects, clock.seconds)
         append_line(self.folder / JOURNAL_FILE, json.dumps(asdict(entry), sort_keys=True))
         self.entries[z] = entry
 
@@ -145,6 +149,10 @@ class Journal:
         IncompleteRunError
             Where the slice is not there, unaltered. An absent slice is never taken for an empty one.
         """
+        return instances_from_bytes(self.read_piece(z))
+
+    def read_piece(self, z: int) -> bytes:
+        """Return the file of a finished slice, proven to be unaltered; raises as `load` does."""
         path = self.piece_path(z)
         try:
             data = path.read_bytes() if path.is_file() else b""
@@ -154,7 +162,7 @@ class Journal:
             ) from error
         if z not in self.entries or sha256(data) != self.entries[z].sha256:
             raise IncompleteRunError(f"{path}: slice {z} is missing or altered; run the same command again to redo it")
-        return instances_from_bytes(data)
+        return data
 
 
 @contextmanager
