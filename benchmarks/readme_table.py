@@ -1,11 +1,12 @@
-"""Writes the README's table of benchmarks, between its two markers, from the JSON files that the benchmarks wrote.
+"""Writes the tables of benchmarks from the JSON files in `benchmarks/results/` that the benchmarks wrote.
 
     python benchmarks/readme_table.py
     python benchmarks/readme_table.py --check
 
-Comparisons come from `against_*.json`, growth from `scaling*.json`, and what the command `benchmark` measured from
-`bundle*.json`, all in `benchmarks/results/`. With `--check` nothing is written, and the exit code is 1 if the README
-is not what would be written; a test asks the same.
+The README gets a short one, between its two markers: of each work and precision the fastest way. Everything that was
+measured goes to `benchmarks/results/README.md`. Comparisons come from `against_*.json`, growth from `scaling*.json`,
+and what the command `benchmark` measured from `bundle*.json`. With `--check` nothing is written, and the exit code is
+1 if one of the two is not what would be written; a test asks the same.
 """
 
 from __future__ import annotations
@@ -27,20 +28,27 @@ _SHOWN_NAMES = ("encoder", "detector", "slice", "volume")
 
 
 def main() -> int:
-    """Write the table, or check it."""
+    """Write the tables, or check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only tell whether the README is up to date")
+    parser.add_argument("--check", action="store_true", help="only tell whether the tables are up to date")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = with_table(before, tables(ROOT / "benchmarks" / "results"))
+    stale = [path for path, text in documents(ROOT).items() if not path.is_file() or path.read_text("utf-8") != text]
     if arguments.check:
-        print(
-            "up to date" if before == after else "README.md differs from benchmarks/results: run this without --check"
-        )
-        return int(before != after)
-    readme.write_text(after, encoding="utf-8")
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        print(f"{names} not as benchmarks/results says: run this without --check" if stale else "up to date")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(documents(ROOT)[path], encoding="utf-8")
     return 0
+
+
+def documents(root: Path) -> dict[Path, str]:
+    """Return the files that hold tables, as they should be."""
+    readme, results = root / "README.md", root / "benchmarks" / "results"
+    return {
+        readme: with_table(readme.read_text(encoding="utf-8"), summary(results)),
+        results / "README.md": f"# Every figure\n\nWritten by `benchmarks/readme_table.py`.\n\n{tables(results)}",
+    }
 
 
 def with_table(readme: str, content: str) -> str:
@@ -56,6 +64,34 @@ def with_table(readme: str, content: str) -> str:
     head, rest = readme.split(BEGIN)
     tail = rest.split(END)[1]
     return f"{head}{BEGIN}\n{content}{END}{tail}"
+
+
+def summary(folder: Path) -> str:
+    """Return the fastest of our ways to do each work at each precision, against the others' way, as Markdown."""
+    rows = [["what", "by", "median", "as fast as"]]
+    for path in sorted(folder.glob("against_*.json")):
+        document = read(path)
+        medians = {(row["work"], row["by"]): row["median_ms"] for row in document["rows"]}
+        fastest: dict[tuple[str, str], dict[str, Any]] = {}
+        base = document["ratios"][0]["over"]
+        for ratio in document["ratios"]:
+            if ratio["over"] != base or not ratio["by"].startswith("ours"):
+                continue
+            key = ratio["work"], ratio["by"].split()[-1]
+            if key not in fastest or ratio["value"] > fastest[key]["value"]:
+                fastest[key] = ratio
+        for ratio in fastest.values():
+            spread = f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) times {base}"
+            rows.append([ratio["work"], ratio["by"], duration(medians[ratio["work"], ratio["by"]]), spread])
+    for path in sorted(folder.glob("bundle*.json")):
+        document = read(path)
+        for ratio in document["ratios"]:
+            if ratio["name"] == "end_to_end_over_encoder":
+                how = f"{ratio['engine']} {ratio['device']} {ratio['precision']}"
+                what = f"{ratio['row']}, {document['settings']['boxes_per_slice'] or 'detected'} objects in each"
+                share = f"{ratio['value']:.0%} ({ratio['low']:.0%} to {ratio['high']:.0%}) of the encoder alone"
+                rows.append([what, how, "", share])
+    return markdown(rows) if len(rows) > 1 else "No benchmark has been run yet.\n"
 
 
 def tables(folder: Path) -> str:

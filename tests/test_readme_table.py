@@ -49,8 +49,8 @@ def grown() -> dict[str, object]:
 def test_the_readme_shows_what_was_measured() -> None:
     done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert script.with_table(readme, script.tables(REPOSITORY / "benchmarks" / "results")) == readme
+    for path, text in script.documents(REPOSITORY).items():
+        assert path.read_text(encoding="utf-8") == text
 
 
 def test_another_number_is_another_readme(tmp_path) -> None:
@@ -61,6 +61,46 @@ def test_another_number_is_another_readme(tmp_path) -> None:
     document["rows"][1]["median_ms"] = 5100.0
     (tmp_path / "against_x.json").write_text(json.dumps(document))
     assert script.with_table(readme, script.tables(tmp_path)) != readme
+
+
+def test_the_short_table_has_the_fastest_way_to_each_work(tmp_path) -> None:
+    assert script.summary(tmp_path) == "No benchmark has been run yet.\n"
+    document = compared()
+    document["rows"] = [
+        {"work": "encode a tile", "by": by, "median_ms": median_ms}
+        for by, median_ms in (
+            ("torch", 12000.0),
+            ("ours, a fp32", 6000.0),
+            ("ours, b fp32", 4000.0),
+            ("ours, a int8", 3000.0),
+        )
+    ]
+    document["ratios"] = [
+        {
+            "work": "encode a tile",
+            "by": row["by"],
+            "over": over,
+            "value": 12000 / row["median_ms"],
+            "low": 1.0,
+            "high": 9.0,
+        }
+        for row in document["rows"]
+        for over in ("torch", "torch.compile")
+        if row["by"] != "torch"
+    ]
+    (tmp_path / "against_x.json").write_text(json.dumps(document))
+    assert script.summary(tmp_path).splitlines()[2:] == [
+        "| encode a tile | ours, b fp32 | 4 s | 3.00 (1.00 to 9.00) times torch |",
+        "| encode a tile | ours, a int8 | 3 s | 4.00 (1.00 to 9.00) times torch |",
+    ]
+
+
+def test_a_stale_table_is_found(tmp_path) -> None:
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text(f"{script.BEGIN}\n{script.END}\n")
+    before = script.documents(tmp_path)
+    (tmp_path / "benchmarks" / "results" / "against_x.json").write_text(json.dumps(compared()))
+    assert script.documents(tmp_path) != before
 
 
 def test_what_stands_around_the_markers_stays() -> None:
