@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +10,15 @@ import numpy as np
 
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError
 from dendsam_deploy.runtimes.gpu_engine_cache import EngineCache
-from dendsam_deploy.runtimes.runner import check_inputs
+from dendsam_deploy.runtimes.runner import (
+    check_inputs,
+    check_room,
+    gpu_of,
+    line_of,
+    not_open,
+    own_resident,
+    shape_of_rows,
+)
 
 try:
     import torch
@@ -21,7 +28,7 @@ try:
     from dendsam_deploy.runtimes.captured_package import Packages
     from dendsam_deploy.runtimes.captured_program import program_of
     from dendsam_deploy.runtimes.captured_replay import Program, Recorder, Replayed
-except ImportError as error:  # also where a shared library of the package is missing
+except (ImportError, OSError) as error:  # the latter where torch misses a shared library
     raise MissingCapabilityError(
         f"engine torch: a package does not load ({error}); run: pip install 'dendsam-deploy[train]'"
     ) from error
@@ -40,13 +47,14 @@ if TYPE_CHECKING:
 ENGINE = "torch"
 """Name of this engine, as on the command line."""
 
-_ROWS_PER_CALL = {"detector": 4, "encoder": 4, "decoder": 64}
+_ROWS_PER_CALL = {"detector": 4, "encoder": 4, "decoder": 64, "points": 64}
 """Tiles and boxes that fill a GPU; more of them only take more memory."""
 
 _GPU_STEPS: Mapping[Role, Mapping[str, tuple[int, ...]]] = {
     "detector": {"tiles": (1, 2, 4)},
     "encoder": {"tiles": (1, 2, 4)},
     "decoder": {"tiles": (4, 16), "boxes": (16, 64)},
+    "points": {"tiles": (4, 16), "prompts": (16, 64)},
 }
 """Lengths of axes that a GPU is given, beyond them multiples of the last: each is compiled and recorded by itself, and
 what pads a batch costs little there."""
@@ -108,6 +116,11 @@ class DeviceTensor:
         """Type of its elements."""
         return np.dtype(str(self.held.dtype).removeprefix("torch."))
 
+    @property
+    def device(self) -> str:
+        """Device that holds it."""
+        return str(self.held.device)
+
     def __getitem__(self, rows: slice) -> DeviceTensor:
         """Return consecutive rows, which share this tensor's memory."""
         return DeviceTensor(self.held[rows])
@@ -164,54 +177,31 @@ class CapturedRunner:
         return _ROWS_PER_CALL[self.spec.role]
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[np.generic]]:
-        """Execute the graph once on arrays and residents of exactly the dtypes and shapes of `spec`.
-
-        Raises
-        ------
-        InvalidArgumentError
-            Where an input is missing or of another dtype or shape, or the runner was not entered.
-        MissingCapabilityError
-            Where the machine gives up during the execution, for example for lack of memory.
-        """
+        """Execute the graph once and bring its outputs down; see `runner.ResidentRunner`."""
+        lengths = check_inputs(inputs, self.spec, str(self._path))
         with self._guarded():
-            return {name: _to_host(values) for name, values in self._execute(inputs).items()}
+            return {name: _to_host(values) for name, values in self._execute(inputs, lengths).items()}
 
     def run_into(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Resident]) -> None:
-        """Execute the graph once and write its outputs where they are to stay; raises as `run` does."""
+        """Execute the graph once and leave its outputs where they are to stay; see `runner.ResidentRunner`."""
+        lengths = check_inputs(inputs, self.spec, str(self._path))
+        check_room(outputs, self.spec, lengths, str(self._path))
         with self._guarded():
-            for name, values in self._execute(inputs).items():
-                target = outputs.get(name)
-                if not isinstance(target, DeviceTensor) or target.held.shape != values.shape:
-                    found = "missing" if target is None else f"{type(target).__name__}{list(target.shape)}"
-                    raise InvalidArgumentError(
-                        f"{self._path}: room for {name!r} is {found}, expected {list(values.shape)} from `allocate`"
-                    )
-                target.held.copy_(values)
+            for name, values in self._execute(inputs, lengths).items():
+                own_resident(outputs[name], DeviceTensor, self, name).held.copy_(values)
             if self.device != "cpu":
                 torch.cuda.synchronize(self.device)
 
     def upload(self, array: NDArray[np.generic]) -> DeviceTensor:
-        """Copy an array to the device."""
+        """Copy an array to the device; see `runner.ResidentRunner`."""
         with self._guarded():
-            return DeviceTensor(torch.tensor(array, device=self.device))
+            return DeviceTensor(_to_device(array, self.device))
 
     def allocate(self, output: str, rows: int) -> DeviceTensor:
-        """Return room for an output of that many rows.
-
-        Raises
-        ------
-        InvalidArgumentError
-            For an output that does not exist, or of which more than the number of rows is open.
-        MissingCapabilityError
-            Where there is no memory for it.
-        """
-        spec = next((spec for spec in self.spec.outputs if spec.name == output), None)
-        row_shape = [length for length in spec.shape[1:] if isinstance(length, int)] if spec else []
-        if spec is None or len(row_shape) < len(spec.shape) - 1:
-            raise InvalidArgumentError(f"{self._path}: {output!r} is no output of which only the rows are open")
+        """Return room for an output of that many rows; see `runner.ResidentRunner`."""
+        shape, dtype = shape_of_rows(self.spec, output, rows, str(self._path))
         with self._guarded():
-            dtype = getattr(torch, spec.dtype)
-            return DeviceTensor(torch.empty((rows, *row_shape), dtype=dtype, device=self.device))
+            return DeviceTensor(torch.empty(shape, dtype=getattr(torch, dtype.name), device=self.device))
 
     def __enter__(self) -> Self:
         graph = read_graph(self._path)
@@ -233,12 +223,10 @@ class CapturedRunner:
         if self._threads_before is not None:
             torch.set_num_threads(self._threads_before)
 
-    def _execute(self, inputs: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:
+    def _execute(self, inputs: Mapping[str, Tensor], lengths: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """Execute a batch of any size and return the outputs, still on the device."""
         if self._graph is None:
-            raise InvalidArgumentError(f"{self._path}: the runner is not open; use it in a `with` block")
-        check_inputs(inputs, self.spec, str(self._path))
-        lengths = {axis: n for spec in self.spec.inputs for axis, n in _free_axes(spec, inputs[spec.name].shape)}
+            raise not_open(self._path)
         padded = {axis: self._padded(axis, n) for axis, n in lengths.items()}
         given = {spec.name: self._placed(spec, inputs[spec.name], padded) for spec in self.spec.inputs}
         numbers = tuple((name, tuple(value.tolist())) for name, value in given.items() if self._is_number(name))
@@ -277,14 +265,10 @@ class CapturedRunner:
 
     def _placed(self, spec: TensorSpec, tensor: Tensor, padded: Mapping[str, int]) -> torch.Tensor:
         """Return an input on the device, padded with zeros; numbers that decide shapes stay on the host."""
-        if isinstance(tensor, DeviceTensor):
-            held = tensor.held
-        elif isinstance(tensor, np.ndarray):
-            held = torch.tensor(tensor, device="cpu" if self._is_number(spec.name) else self.device)
+        if isinstance(tensor, np.ndarray):
+            held = _to_device(tensor, "cpu" if self._is_number(spec.name) else self.device)
         else:
-            raise InvalidArgumentError(
-                f"{self._path}: {spec.name!r} lies on another engine or device; run all graphs on {self.device}"
-            )
+            held = own_resident(tensor, DeviceTensor, self, spec.name).held
         wanted = [padded[n] if isinstance(n, str) else n for n in spec.shape]
         if list(held.shape) == wanted:
             return held
@@ -298,7 +282,9 @@ class CapturedRunner:
         return spec.dtype == "int64" and all(isinstance(length, int) for length in spec.shape)
 
     def _padded(self, axis: str, length: int) -> int:
-        """Return the next round number."""
+        """Return the next round number; of the points of a prompt the number itself, as every one of them counts."""
+        if axis == "points":
+            return length
         steps = _GPU_STEPS[self.spec.role].get(axis, (1,)) if self.device != "cpu" else ()
         if not steps:
             return 1 << max(length - 1, 0).bit_length()
@@ -316,21 +302,18 @@ class CapturedRunner:
                     stack.enter_context(torch.cuda.device(self.device))
                 yield
         except (IndexError, ValueError) as error:
-            raise InvalidArgumentError(f"{self._path}: an input does not fit the graph ({_line(error)})") from error
+            raise InvalidArgumentError(f"{self._path}: an input does not fit the graph ({line_of(error)})") from error
         except (RuntimeError, MemoryError) as error:
             raise MissingCapabilityError(
-                f"{self._path}: failed on {self.device} ({_line(error)}); free memory or choose another --engine"
+                f"{self._path}: failed on {self.device} ({line_of(error)}); free memory or choose another --engine"
             ) from error
 
 
 def _canonical_device(device: str) -> str:
     """Return ``cpu`` or ``cuda:N`` for a device that torch offers."""
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
-    if match is None:
-        raise InvalidArgumentError(f"device {device!r} is unknown; choose cpu, cuda or cuda:N")
-    if device == "cpu":
+    index = gpu_of(device)
+    if index is None:
         return device
-    index = int(match[1] or 0)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= count:
         raise MissingCapabilityError(
@@ -340,19 +323,17 @@ def _canonical_device(device: str) -> str:
     return f"cuda:{index}"
 
 
-def _free_axes(spec: TensorSpec, shape: tuple[int, ...]) -> Iterator[tuple[str, int]]:
-    """Yield the names of an input's free axes and their lengths."""
-    for axis, length in zip(spec.shape, shape, strict=True):
-        if isinstance(axis, str):
-            yield axis, length
+def _to_device(array: NDArray[np.generic], device: str) -> torch.Tensor:
+    """Return a copy of an array on a device: to a GPU by way of page-locked memory, from which it fetches by itself."""
+    if device == "cpu" or not array.size:
+        return torch.tensor(array, device=device)
+    # torch keeps page-locked memory for later copies, and hands it out again when this one has ended.
+    locked = torch.empty(array.shape, dtype=getattr(torch, array.dtype.name), pin_memory=True)
+    locked.numpy()[...] = array
+    return locked.to(device, non_blocking=True)
 
 
 def _to_host(values: torch.Tensor) -> NDArray[np.generic]:
     """Return a tensor as an array of its own."""
     array: NDArray[np.generic] = values.contiguous().cpu().numpy()
     return array
-
-
-def _line(error: BaseException) -> str:
-    """Return an exception's message as one line."""
-    return " ".join((str(error) or type(error).__name__).split())[:300]

@@ -11,9 +11,9 @@ AOTInductor: https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.ht
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-import platform
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dendsam_deploy import __version__
+from dendsam_deploy.host import examine_host
 from dendsam_deploy.runtimes.gpu_engine_cache import BuiltEngine, EngineCache, EngineIdentity
 
 if TYPE_CHECKING:
@@ -69,7 +71,8 @@ class Packages:
         StorageError
             Where the file system refuses.
         """
-        stored = self.cache.obtain(self._identity(inputs, variant), lambda: BuiltEngine(_compiled(program, inputs)))
+        identity = self.identity(program, inputs, variant)
+        stored = self.cache.obtain(identity, lambda: BuiltEngine(_compiled(program, inputs)))
         index = self.device.index if self.device.type == "cuda" else -1
         loaded = torch._inductor.aoti_load_package(io.BytesIO(stored.built.plan), device_index=index)
         constants = dict(program.named_buffers())
@@ -77,21 +80,30 @@ class Packages:
         loaded.load_constants(wanted, check_full_update=True, user_managed=True)
         return _Packaged(loaded, wanted)
 
-    def _identity(self, inputs: tuple[Tensor, ...], variant: str) -> EngineIdentity:
-        """Return what a package must have been compiled for."""
+    def identity(self, program: fx.GraphModule, inputs: tuple[Tensor, ...], variant: str) -> EngineIdentity:
+        """Return what a package must have been compiled for; takes what `load` does.
+
+        Even a package for a GPU holds code for the processor, compiled for every instruction that this one has: on
+        another one of the same architecture it may be illegal. And the program is this version's translation of the
+        graph, not the graph.
+        """
         shapes = [[str(value.dtype), list(value.shape)] for value in inputs]
         is_gpu = self.device.type == "cuda"
+        host = examine_host()
+        code = hashlib.sha256(program.code.encode()).hexdigest()
         return EngineIdentity(
             role=self.spec.role,
             precision=self.spec.precision,
             graph_sha256=tuple(file.sha256 for file in self.spec.files),
-            gpu=torch.cuda.get_device_name(self.device) if is_gpu else platform.processor() or platform.machine(),
+            gpu=torch.cuda.get_device_name(self.device) if is_gpu else "cpu",
             compute_capability="{}.{}".format(*torch.cuda.get_device_capability(self.device))
             if is_gpu
-            else _instructions(),
-            driver=str(torch.version.cuda) if is_gpu else platform.platform(),
+            else torch.backends.cpu.get_cpu_capability(),
+            driver=f"{host.gpu_driver} (CUDA {torch.version.cuda})" if is_gpu else "",
             compiler=f"torch {torch.__version__}",
-            profiles=json.dumps([shapes, variant]),
+            profiles=json.dumps(shapes),
+            host=" ".join((host.system, host.architecture, host.processor, *host.instructions)),
+            settings=json.dumps([variant, code, f"dendsam-deploy {__version__}"]),
         )
 
 
@@ -116,8 +128,3 @@ def _compiled(program: fx.GraphModule, inputs: tuple[Tensor, ...]) -> bytes:
             exported, package_path=str(Path(folder, "program.pt2")), inductor_configs=settings
         )
         return Path(path).read_bytes()
-
-
-def _instructions() -> str:
-    """Return the instruction set that a processor is compiled for."""
-    return torch.backends.cpu.get_cpu_capability()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dendsam_deploy.errors import BundleError, InvalidArgumentError, MissingCapabilityError
+from dendsam_deploy.runtimes.runner import check_inputs, gpu_of, line_of, not_open
 
 try:
     import openvino
@@ -59,38 +60,26 @@ class CompiledRunner:
     borrows_outputs = True
 
     def __init__(self, path: Path, spec: GraphSpec, device: str = "cpu", threads: int | None = None) -> None:
-        if device.partition(":")[0] == "cuda":
+        if device != "auto" and gpu_of(device) is not None:
             raise MissingCapabilityError(f"device {device}: the engine openvino runs on CPUs; choose --device cpu")
-        if device not in ("auto", "cpu"):
-            raise InvalidArgumentError(f"device {device!r} is unknown; choose cpu, cuda or cuda:N")
         self.spec = spec
         self._path = path
         self._threads = threads
         self._request: openvino.InferRequest | None = None
 
     def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-        """Execute the graph once on C-contiguous arrays of exactly the dtypes and shapes of `spec`.
-
-        Raises
-        ------
-        InvalidArgumentError
-            Where an input is missing or of another dtype or shape, or the runner was not entered.
-        MissingCapabilityError
-            Where the machine gives up during the execution, for example for lack of memory.
-        """
+        """Execute the graph once; see `runner.Runner`."""
         if self._request is None:
-            raise InvalidArgumentError(f"{self._path}: the runner is not open; use it in a `with` block")
+            raise not_open(self._path)
+        check_inputs(inputs, self.spec, str(self._path))  # OpenVINO would cast what has another dtype
         try:
-            # OpenVINO would cast what has another dtype; the contract is that nobody does.
-            for tensor in self.spec.inputs:
-                self._check(tensor.name, tensor.dtype, inputs)
             outputs = self._request.infer(dict(inputs), share_inputs=True, share_outputs=True)
         except MemoryError as error:
             raise MissingCapabilityError(
                 f"{self._path}: failed on the CPU (out of memory); free memory or choose another engine"
             ) from error
         except (RuntimeError, ValueError, TypeError) as error:
-            raise InvalidArgumentError(f"{self._path}: an input does not fit the graph ({_line(error)})") from error
+            raise InvalidArgumentError(f"{self._path}: an input does not fit the graph ({line_of(error)})") from error
         return {tensor.name: outputs[tensor.name] for tensor in self.spec.outputs}
 
     def __enter__(self) -> Self:
@@ -105,7 +94,7 @@ class CompiledRunner:
             self._request = core.compile_model(str(self._path), "CPU", settings).create_infer_request()
         except (RuntimeError, ValueError) as error:
             raise BundleError(
-                f"{self._path}: OpenVINO {openvino.__version__} cannot load the graph ({_line(error)}); "
+                f"{self._path}: OpenVINO {openvino.__version__} cannot load the graph ({line_of(error)}); "
                 "export the bundle again, update openvino, or choose --engine onnxruntime"
             ) from error
         return self
@@ -114,15 +103,3 @@ class CompiledRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._request = None
-
-    def _check(self, name: str, dtype: str, inputs: Mapping[str, NDArray[np.generic]]) -> None:
-        """Raise unless an input is there, of the right dtype, and contiguous."""
-        array = inputs.get(name)
-        found = "missing" if array is None else f"{array.dtype}{list(array.shape)}"
-        if array is None or array.dtype.name != dtype or not array.flags.c_contiguous:
-            raise InvalidArgumentError(f"{self._path}: the input {name!r} is {found}, expected contiguous {dtype}")
-
-
-def _line(error: BaseException) -> str:
-    """Return an exception's message as one line."""
-    return " ".join((str(error) or type(error).__name__).split())[:300]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dendsam_deploy.errors import BundleError, InvalidArgumentError
+from dendsam_deploy.errors import BundleError
 from dendsam_deploy.progress import ProgressCallback, no_progress
-from dendsam_deploy.runtimes.gpu_engine_build import BuildOptions, engine_from_onnx
+from dendsam_deploy.runtimes.gpu_engine_build import BUILD_SETTINGS, BuildOptions, engine_from_onnx
 from dendsam_deploy.runtimes.gpu_engine_cache import EngineCache, EngineIdentity
 from dendsam_deploy.runtimes.gpu_engine_execution import EngineExecution, LoadOptions
 from dendsam_deploy.runtimes.gpu_engine_library import tensorrt_version
@@ -25,8 +26,8 @@ from dendsam_deploy.runtimes.gpu_engine_plan import (
     make_profiles,
     split_calls,
 )
-from dendsam_deploy.runtimes.gpu_memory import Block, DeviceTensor, open_gpu
-from dendsam_deploy.runtimes.runner import check_inputs
+from dendsam_deploy.runtimes.gpu_memory import DeviceTensor, GpuHangError, open_gpu
+from dendsam_deploy.runtimes.runner import check_inputs, check_room, not_open, own_resident, shape_of_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -117,7 +118,7 @@ class EngineRunner:
     def stored(self) -> StoredEngine:
         """The compiled engine: its digest, whether it is new, and how many of its attentions are fused."""
         if self._stored is None:
-            raise self._not_open()
+            raise not_open(self._path)
         return self._stored
 
     @property
@@ -126,17 +127,9 @@ class EngineRunner:
         return self._opened().recordings
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[np.generic]]:
-        """Execute the graph on arrays and tensors of the GPU of exactly the dtypes and shapes of `spec`.
-
-        Raises
-        ------
-        InvalidArgumentError
-            Where an input is missing or of another dtype or shape, or the runner was not entered.
-        MissingCapabilityError
-            Where the GPU gives up or does not answer in time.
-        """
+        """Execute the graph and bring its outputs down; see `runner.ResidentRunner`."""
         execution = self._opened()
-        check_inputs(inputs, self.spec, str(self._path))
+        self._check(inputs)
         count = batch_size(inputs, self.spec)
         if count == 0:
             return empty_outputs(inputs, self.spec, execution.stated_shapes())
@@ -150,30 +143,16 @@ class EngineRunner:
         return whole
 
     def run_into(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Resident]) -> None:
-        """Execute the graph and leave all of its outputs on the GPU, in tensors made by `allocate`.
-
-        Raises
-        ------
-        InvalidArgumentError, MissingCapabilityError
-            As for `run`, and where an output does not fit.
-        """
+        """Execute the graph and leave its outputs on the GPU; see `runner.ResidentRunner`."""
         execution = self._opened()
-        check_inputs(inputs, self.spec, str(self._path))
+        check_room(outputs, self.spec, self._check(inputs), str(self._path))
+        room = {name: own_resident(tensor, DeviceTensor, self, name) for name, tensor in outputs.items()}
         if batch_size(inputs, self.spec) == 0:
             return
         for call in split_calls(inputs, self.spec):
             for name, values in execution.execute(call).items():
-                target = outputs.get(name)
-                if not isinstance(target, DeviceTensor) or (target.shape[1:], target.dtype) != (
-                    values.shape[1:],
-                    values.dtype,
-                ):
-                    raise InvalidArgumentError(
-                        f"{self._path}: the output {name!r} is {values.dtype}{list(values.shape)}; give a tensor that "
-                        "`allocate` made for as many rows"
-                    )
                 for place, row in _runs(call.rows):
-                    execution.copy_rows(target[place], values[row])
+                    execution.copy_rows(room[name][place], values[row])
             execution.wait()
 
     def upload(self, array: NDArray[np.generic]) -> DeviceTensor:
@@ -181,21 +160,8 @@ class EngineRunner:
         return self._opened().upload(array)
 
     def allocate(self, output: str, rows: int) -> DeviceTensor:
-        """Return room on the GPU for an output of that many rows, its contents undefined.
-
-        Raises
-        ------
-        InvalidArgumentError
-            For an output that the graph does not have, or whose size is not known beforehand.
-        """
-        stated = self._opened().stated_shapes().get(output, ())
-        if not stated or any(length < 0 for length in stated[1:]):
-            raise InvalidArgumentError(
-                f"{self._path}: the output {output!r} has the shape {list(stated)}: not known yet"
-            )
-        dtype = np.dtype(next(tensor.dtype for tensor in self.spec.outputs if tensor.name == output))
-        shape = (rows, *stated[1:])
-        return DeviceTensor(Block(max(1, int(np.prod(shape)) * dtype.itemsize)), shape, dtype)
+        """Return room on the GPU for an output of that many rows; see `runner.ResidentRunner`."""
+        return self._opened().allocate(*shape_of_rows(self.spec, output, rows, str(self._path)))
 
     def __enter__(self) -> Self:
         gpu = open_gpu(self._gpu)
@@ -209,8 +175,9 @@ class EngineRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._execution is not None and not self._execution.is_lost:
-            self._execution = None
+        if self._execution is not None and isinstance(error, GpuHangError):
+            self._execution.abandon()  # it was perhaps another graph on the same GPU that it did not answer to
+        self._execution = None
         self._stored = None
 
     def _build(self, identity: EngineIdentity, gpu: Gpu) -> BuiltEngine:
@@ -235,16 +202,23 @@ class EngineRunner:
             driver=gpu.driver,
             compiler=f"{ENGINE} {tensorrt_version()}",
             profiles=json.dumps([profile.to_document() for profile in self._profiles], sort_keys=True),
+            host=f"{platform.system()} {platform.machine()}",
+            settings=BUILD_SETTINGS,
         )
 
     def _opened(self) -> EngineExecution:
         """Return what executes the graph."""
         if self._execution is None or self._stored is None:
-            raise self._not_open()
+            raise not_open(self._path)
         return self._execution
 
-    def _not_open(self) -> InvalidArgumentError:
-        return InvalidArgumentError(f"{self._path}: the runner is not open; use it in a `with` block")
+    def _check(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+        """Raise unless inputs are the contract's, and residents this GPU's; returns the lengths of free axes."""
+        lengths = check_inputs(inputs, self.spec, str(self._path))
+        for name in (tensor.name for tensor in self.spec.inputs):
+            if not isinstance(inputs[name], np.ndarray):
+                own_resident(inputs[name], DeviceTensor, self, name)
+        return lengths
 
 
 def _digest(path: Path) -> str:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+BUILD_SETTINGS = "strongly typed, fp32 without TF32"
+"""What every build has in common and another version of this program might do otherwise; part of the cache's key."""
+
 _STAGE = "compile"
 _NOTE_CHARACTERS = 80
 

@@ -61,6 +61,10 @@ class EngineIdentity:
         Name and version of what compiled it, such as ``tensorrt 11.4.0.106``.
     profiles : str
         The shapes it is compiled for, as JSON.
+    host : str
+        System and processor, whose code a compiled engine holds as well.
+    settings : str
+        Whatever else decided what was compiled.
     """
 
     role: str
@@ -71,6 +75,8 @@ class EngineIdentity:
     driver: str
     compiler: str
     profiles: str
+    host: str
+    settings: str
 
     @property
     def key(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError
+from dendsam_deploy.runtimes.foreign_memory import keep_for_ever
 from dendsam_deploy.runtimes.gpu_engine_library import (
     CollectingLogger,
     tensorrt,
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import SupportsInt
 
-    from numpy.typing import NDArray
+    from numpy.typing import DTypeLike, NDArray
 
     from dendsam_deploy.bundle.manifest import GraphSpec
     from dendsam_deploy.runtimes.gpu_engine_plan import Call, Profile, Shape
@@ -99,19 +101,18 @@ class EngineExecution:
             self._engine = engine
             self._check_signature()
             sizes = [engine.get_device_memory_size_for_profile_v2(n) for n in range(len(options.profiles))]
-        self._stream = Stream()
-        self._scratch = Block(max(1, *sizes))  # contexts take turns on one stream, so they share their working memory
-        self._on_host = {tensor.name: GrowingBlock(on_host=True) for tensor in (*spec.inputs, *spec.outputs)}
-        self._on_device = {tensor.name: GrowingBlock() for tensor in (*spec.inputs, *spec.outputs)}
+        gpu, names = options.gpu, [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
+        self._stream = Stream(gpu)
+        # Contexts take turns on one stream, so they share their working memory.
+        self._scratch = Block(max(1, *sizes), gpu)
+        self._on_host = {name: GrowingBlock(gpu, on_host=True) for name in names}
+        self._on_device = {name: GrowingBlock(gpu) for name in names}
+        self._uploads = GrowingBlock(gpu, on_host=True)
+        self._given: weakref.WeakSet[Block] = weakref.WeakSet()
         self._allocators: dict[str, _OutputAllocator] = {}
         self._recorded: RecordedShapes[_Recording] = RecordedShapes()
         self._contexts: dict[int, tensorrt.IExecutionContext] = {}
         self._is_lost = False
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether the GPU hangs; to let go of the engine would then wait for it for ever."""
-        return self._is_lost
 
     @property
     def recordings(self) -> int:
@@ -167,17 +168,32 @@ class EngineExecution:
         try:
             self._stream.wait(self._options.time_limit_s)
         except GpuHangError:
-            self._abandon()
+            self.abandon()
             raise
 
     def upload(self, array: NDArray[np.generic]) -> DeviceTensor:
-        """Copy an array to memory of its own on the GPU."""
-        select_gpu(self._options.gpu)
-        contiguous = np.ascontiguousarray(array)
-        tensor = DeviceTensor(Block(max(1, contiguous.nbytes)), contiguous.shape, contiguous.dtype)
-        self._stream.upload(tensor.address, contiguous)
+        """Copy an array to memory of its own on the GPU, by way of memory that the GPU reads by itself."""
+        tensor = self.allocate(array.shape, array.dtype)
+        block, _ = self._uploads.reserve(max(1, tensor.nbytes))
+        staged = block.array(tensor.shape, tensor.dtype)
+        staged[...] = array
+        self._stream.upload(tensor.address, staged)
         self.wait()
         return tensor
+
+    def allocate(self, shape: Shape, dtype: DTypeLike) -> DeviceTensor:
+        """Return a tensor of its own on the GPU, its contents undefined."""
+        block = Block(max(1, prod(shape) * np.dtype(dtype).itemsize), self._options.gpu)
+        self._given.add(block)
+        return DeviceTensor(block, shape, dtype)
+
+    def abandon(self) -> None:
+        """Give nothing back, not even at the end: of a GPU that hangs, all of that would wait for it for ever."""
+        if not self._is_lost:
+            self._is_lost = True
+            for block in self._given:
+                block.abandon()
+            keep_for_ever(self)
 
     def _compute(self, key: Hashable, profile: int, shapes: Mapping[str, Shape]) -> dict[str, DeviceTensor]:
         """Replay, record or simply execute what the inputs' places hold."""
@@ -198,6 +214,7 @@ class EngineExecution:
             if work is None:
                 self._logger.take()  # what it says about the attempt belongs to no error
                 self._recorded.refuse(key)
+                self.wait()  # the context is at work until then, and nobody keeps it
             else:
                 self._recorded.keep(key, _Recording(work, context, {n: t.shape for n, t in outputs.items()}))
         return outputs
@@ -322,14 +339,6 @@ class EngineExecution:
             raise MissingCapabilityError(
                 f"{self._path}: its engine has the tensors {found}, expected {expected}; export the bundle again"
             )
-
-    def _abandon(self) -> None:
-        """Give nothing back: freeing memory would wait for the GPU, which hangs, for ever."""
-        self._is_lost = True
-        for room in (*self._on_host.values(), *self._on_device.values()):
-            room.abandon()
-        self._scratch.abandon()
-        self._stream.abandon()
 
 
 class _OutputAllocator(tensorrt.IOutputAllocator):

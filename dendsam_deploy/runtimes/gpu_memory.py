@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dendsam_deploy.errors import MissingCapabilityError
+from dendsam_deploy.runtimes.foreign_memory import address_of, view_of_memory
 
 try:
     from cuda.bindings import runtime
@@ -65,9 +66,9 @@ def open_gpu(index: int) -> Gpu:
     Raises
     ------
     MissingCapabilityError
-        Where there is no such GPU, or its driver is too old.
+        Where there is no such GPU, or its driver is missing or too old.
     """
-    (count,) = _checked(runtime.cudaGetDeviceCount(), "looking for NVIDIA GPUs")
+    (count,) = _checked(_first_call(runtime.cudaGetDeviceCount), "looking for NVIDIA GPUs")
     if index >= count:
         raise MissingCapabilityError(f"device cuda:{index}: there are {count} NVIDIA GPUs here, counted from 0")
     select_gpu(index)
@@ -110,7 +111,7 @@ def driver_version(kernel_module: str, cuda_version: int) -> str:
 
 def select_gpu(index: int) -> None:
     """Make a GPU the current one of the calling thread; every thread starts with GPU 0."""
-    _checked(runtime.cudaSetDevice(index), f"choosing GPU {index}")
+    _checked(_first_call(runtime.cudaSetDevice, index), f"choosing GPU {index}")
 
 
 class Block:
@@ -120,6 +121,8 @@ class Block:
     ----------
     nbytes : int
         Its size, at least 1.
+    gpu : int
+        Number of the GPU, whichever is the calling thread's current one.
     on_host : bool
         Whether it is host memory that the GPU reads and writes directly.
 
@@ -129,9 +132,10 @@ class Block:
         Where there is not so much.
     """
 
-    def __init__(self, nbytes: int, *, on_host: bool = False) -> None:
-        self.nbytes = nbytes
-        where = "the host" if on_host else "the GPU"
+    def __init__(self, nbytes: int, gpu: int = 0, *, on_host: bool = False) -> None:
+        self.nbytes, self.gpu = nbytes, gpu
+        where = "the host" if on_host else f"GPU {gpu}"
+        select_gpu(gpu)
         result = runtime.cudaHostAlloc(nbytes, runtime.cudaHostAllocDefault) if on_host else runtime.cudaMalloc(nbytes)
         (address,) = _checked(result, f"reserving {nbytes / 2**20:.1f} MiB on {where}")
         self.address = int(address)
@@ -152,12 +156,12 @@ class GrowingBlock:
 
     Parameters
     ----------
-    on_host : bool
+    gpu, on_host
         As for `Block`.
     """
 
-    def __init__(self, *, on_host: bool = False) -> None:
-        self._on_host = on_host
+    def __init__(self, gpu: int = 0, *, on_host: bool = False) -> None:
+        self._gpu, self._on_host = gpu, on_host
         self._block: Block | None = None
 
     def reserve(self, nbytes: int) -> tuple[Block, bool]:
@@ -166,13 +170,8 @@ class GrowingBlock:
             return self._block, False
         wanted = max(nbytes, 1 if self._block is None else 2 * self._block.nbytes)
         self._block = None  # the old one first: both may not fit
-        self._block = Block(wanted, on_host=self._on_host)
+        self._block = Block(wanted, self._gpu, on_host=self._on_host)
         return self._block, True
-
-    def abandon(self) -> None:
-        """See `Block.abandon`."""
-        if self._block is not None:
-            self._block.abandon()
 
 
 class DeviceTensor:
@@ -195,6 +194,11 @@ class DeviceTensor:
         self.shape = shape
         self.dtype: np.dtype[np.generic] = np.dtype(dtype)
         self._offset = offset
+
+    @property
+    def device(self) -> str:
+        """Device that holds it."""
+        return f"cuda:{self.block.gpu}"
 
     @property
     def address(self) -> int:
@@ -220,14 +224,21 @@ class DeviceTensor:
         copy: NDArray[np.generic] = np.empty(self.shape, self.dtype)
         if self.nbytes:
             kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-            _checked(runtime.cudaMemcpy(_address(copy), self.address, self.nbytes, kind), "copying from the GPU")
+            _checked(runtime.cudaMemcpy(address_of(copy), self.address, self.nbytes, kind), "copying from the GPU")
         return copy
 
 
 class Stream:
-    """Work that a GPU does in order, beside that of other streams."""
+    """Work that a GPU does in order, beside that of other streams.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    gpu : int
+        Number of the GPU.
+    """
+
+    def __init__(self, gpu: int = 0) -> None:
+        select_gpu(gpu)
         (stream,) = _checked(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking), "making a stream")
         (event,) = _checked(runtime.cudaEventCreateWithFlags(runtime.cudaEventDisableTiming), "making an event")
         self.handle = int(stream)
@@ -237,11 +248,11 @@ class Stream:
 
     def upload(self, target: int, source: NDArray[np.generic]) -> None:
         """Copy a contiguous array to the GPU; it must not change before `wait`."""
-        self._copy(target, _address(source), source.nbytes, runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
+        self._copy(target, address_of(source), source.nbytes, runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
 
     def download(self, target: NDArray[np.generic], source: int) -> None:
         """Copy from the GPU into a contiguous array; it holds the values after `wait`."""
-        self._copy(_address(target), source, target.nbytes, runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+        self._copy(address_of(target), source, target.nbytes, runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
 
     def move(self, target: int, source: int, nbytes: int) -> None:
         """Copy within the GPU."""
@@ -271,6 +282,8 @@ class Stream:
             status, graph = runtime.cudaStreamEndCapture(self._stream)  # whatever happened, recording must end
         if refused is not None or status != runtime.cudaError_t.cudaSuccess:
             runtime.cudaGetLastError()  # it is reported once more to the next call otherwise
+            if status == runtime.cudaError_t.cudaSuccess:
+                runtime.cudaGraphDestroy(graph)
             return None
         try:
             (executable,) = _checked(runtime.cudaGraphInstantiate(graph, 0), "preparing recorded work")
@@ -298,10 +311,6 @@ class Stream:
                 time.sleep(_POLL_S)
         _checked((status,), "computing")
 
-    def abandon(self) -> None:
-        """See `Block.abandon`."""
-        self._release.detach()
-
     def _copy(self, target: int, source: int, nbytes: int, kind: object) -> None:
         if nbytes:
             _checked(runtime.cudaMemcpyAsync(target, source, nbytes, kind, self._stream), "copying")
@@ -319,41 +328,9 @@ class RecordedWork:
         """Put the work on the stream that it was recorded from."""
         _checked(runtime.cudaGraphLaunch(self._executable, self._stream), "replaying recorded work")
 
-    def abandon(self) -> None:
-        """See `Block.abandon`."""
-        self._release.detach()
-
 
 class GpuHangError(MissingCapabilityError):
     """A GPU did not answer in time; what it holds cannot be given back."""
-
-
-class _Span:
-    """Memory, described to numpy; whoever owns it lives as long as its views."""
-
-    def __init__(self, owner: object, address: int, nbytes: int) -> None:
-        self.owner = owner
-        self.__array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
-
-
-def view_of_memory(owner: object, address: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[np.generic]:
-    """Return host memory as an array.
-
-    Parameters
-    ----------
-    owner : object
-        Kept alive by the array.
-    address : int
-        Of the first byte.
-    shape, dtype
-        Of the array.
-    """
-    kind: np.dtype[np.generic] = np.dtype(dtype)
-    nbytes = prod(shape) * kind.itemsize
-    if nbytes == 0:
-        return np.empty(shape, kind)
-    view: NDArray[np.generic] = np.asarray(_Span(owner, address, nbytes)).view(kind).reshape(shape)
-    return view
 
 
 def _destroy_stream(stream: object, event: object) -> None:
@@ -362,11 +339,21 @@ def _destroy_stream(stream: object, event: object) -> None:
         runtime.cudaStreamDestroy(stream)
 
 
-def _address(array: NDArray[np.generic]) -> int:
-    """Return where a contiguous array begins."""
-    if not array.flags.c_contiguous:
-        raise ValueError(f"an array with the strides {array.strides} has no one place in memory")
-    return int(array.__array_interface__["data"][0])
+def _first_call(function: Callable[..., tuple[Any, ...]], *arguments: int) -> tuple[Any, ...]:
+    """Call what may be the first function of all, which loads the driver.
+
+    Raises
+    ------
+    MissingCapabilityError
+        Where there is none and the binding does not report it by a status, as that for CUDA 12 does not.
+    """
+    try:
+        return function(*arguments)
+    except RuntimeError as error:
+        raise MissingCapabilityError(
+            f"no NVIDIA driver is to be found ({error}), and so there are 0 NVIDIA GPUs here; install it, or choose "
+            "--device cpu"
+        ) from error
 
 
 def _checked(result: tuple[Any, ...], doing: str) -> tuple[Any, ...]:

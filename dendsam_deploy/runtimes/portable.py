@@ -9,10 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as native
-
 from dendsam_deploy.errors import BundleError, InputFileError, InvalidArgumentError, MissingCapabilityError
+from dendsam_deploy.runtimes.runner import gpu_of, line_of, not_open
+
+try:
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as native
+except ImportError as error:  # also where a shared library of the package is missing
+    raise MissingCapabilityError(
+        f"engine onnxruntime: the package does not load ({error}); run: pip install --force-reinstall onnxruntime, or "
+        "onnxruntime-gpu[cuda,cudnn] in its place where there is an NVIDIA GPU"
+    ) from error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -138,15 +145,7 @@ class OnnxRunner:
         return ENGINE if is_usual else f"{ENGINE}+{self._options.provider}"
 
     def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-        """Execute the graph once on C-contiguous arrays of exactly the dtypes and shapes of `spec`.
-
-        Raises
-        ------
-        InvalidArgumentError
-            Where an input is missing or of another dtype or shape, or the runner was not entered.
-        MissingCapabilityError
-            Where the machine gives up during the execution, for example for lack of memory.
-        """
+        """Execute the graph once; see `runner.Runner`."""
         session = self._open_session()
         names = [output.name for output in self.spec.outputs]
         with self._guarded():
@@ -161,19 +160,19 @@ class OnnxRunner:
                 providers=_providers(self.device, self._options.provider, self.spec.precision),
                 enable_fallback=0,  # it would print a notice and go on with the CPU
             )
-        except (native.EPFail, RuntimeError) as error:
-            raise MissingCapabilityError(
-                f"{self._path}: ONNX Runtime {onnxruntime.__version__} cannot use {self.device} ({line_of(error)}); "
-                "run `dendsam-deploy doctor`, or choose another device"
-            ) from error
-        except _LOAD_ERRORS as error:
+        except (native.EPFail, RuntimeError, *_LOAD_ERRORS) as error:
+            if isinstance(error, native.EPFail | RuntimeError) or is_about_the_gpu(str(error)):
+                raise MissingCapabilityError(
+                    f"{self._path}: ONNX Runtime {onnxruntime.__version__} cannot use {self.device} "
+                    f"({line_of(error)}); run `dendsam-deploy doctor`, or choose another device"
+                ) from error
             raise BundleError(
                 f"{self._path}: ONNX Runtime {onnxruntime.__version__} cannot load the graph ({line_of(error)}); "
                 "export the bundle again or update onnxruntime"
             ) from error
         if self.device != "cpu":
             _check_provider(session.get_providers(), self.device, self._options.provider)
-            _check_placement(session, self._path)
+            _check_placement(session, self._path, self._options.provider)
         self._session = session
         return self
 
@@ -185,7 +184,7 @@ class OnnxRunner:
     def _open_session(self) -> onnxruntime.InferenceSession:
         """Return the session of a runner that was entered."""
         if self._session is None:
-            raise InvalidArgumentError(f"{self._path}: the runner is not open; use it in a `with` block")
+            raise not_open(self._path)
         return self._session
 
     @contextmanager
@@ -211,17 +210,15 @@ def canonical_device(device: str, provider: Provider = "cuda") -> str:
     MissingCapabilityError
         Where a GPU is asked for and there is no provider for it.
     """
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
-    if match is None:
-        raise InvalidArgumentError(f"device {device!r} is unknown; choose cpu, cuda or cuda:N")
-    if device == "cpu":
+    gpu = gpu_of(device)
+    if gpu is None:
         return device
     if _PROVIDERS[provider] not in onnxruntime.get_available_providers():
         raise MissingCapabilityError(
             f"device {device}: this ONNX Runtime {onnxruntime.__version__} has no {_TITLES[provider]} provider; "
             "install onnxruntime-gpu[cuda,cudnn] in place of onnxruntime, or choose --device cpu"
         )
-    return f"cuda:{int(match[1] or 0)}"
+    return f"cuda:{gpu}"
 
 
 def _providers(device: str, provider: Provider, precision: Precision) -> list[tuple[str, dict[str, str]]]:
@@ -263,24 +260,53 @@ def _why_not_loaded(provider: Provider) -> str:
     return "its libraries do not match this ONNX Runtime"
 
 
-def _check_placement(session: onnxruntime.InferenceSession, path: Path) -> None:
-    """Raise where a GPU's provider left real work to the CPU, which costs more than the GPU gains."""
+def _check_placement(session: onnxruntime.InferenceSession, path: Path, provider: Provider) -> None:
+    """Raise where the provider that was asked for left real work to another: no engine is replaced by another one."""
     if not hasattr(session, "get_provider_graph_assignment_info"):  # older than ONNX Runtime 1.24
         return
-    heavy = sorted(
-        {
-            node.op_type
-            for part in session.get_provider_graph_assignment_info()
-            if part.ep_name == _CPU
-            for node in part.get_nodes()
-            if node.op_type in _HEAVY
-        }
-    )
-    if heavy:
+    operators: dict[str, set[str]] = {}
+    for part in session.get_provider_graph_assignment_info():
+        operators.setdefault(part.ep_name, set()).update(node.op_type for node in part.get_nodes())
+    if misplaced := misplaced_work(operators, provider):
         raise MissingCapabilityError(
-            f"{path}: ONNX Runtime {onnxruntime.__version__} would execute {', '.join(heavy)} on the CPU, not on the "
-            "GPU; choose another --precision or --engine, or update onnxruntime-gpu"
+            f"{path}: ONNX Runtime {onnxruntime.__version__} would execute {misplaced}; "
+            "choose another --precision or --engine, or update onnxruntime-gpu"
         )
+
+
+def misplaced_work(operators: Mapping[str, set[str]], provider: Provider) -> str:
+    """Say what a session would execute elsewhere than where it was asked to; empty where that weighs nothing.
+
+    Parameters
+    ----------
+    operators : mapping
+        ONNX Runtime's name of a provider -> the operators that it took.
+    provider : {"cuda", "tensorrt"}
+        What was asked for.
+
+    Examples
+    --------
+    >>> misplaced_work({"CPUExecutionProvider": {"Shape", "Conv"}, "CUDAExecutionProvider": {"MatMul"}}, "cuda")
+    'Conv on the CPU, not on the GPU'
+    """
+    for other in (_CPU, *_PROVIDERS.values()):
+        heavy = sorted(operators.get(other, set()) & _HEAVY)
+        if heavy and other != _PROVIDERS[provider]:
+            where = "on the CPU, not on the GPU" if other == _CPU else f"with {other}, not with {_TITLES[provider]}"
+            return f"{', '.join(heavy)} {where}"
+    return ""
+
+
+def is_about_the_gpu(reason: str) -> bool:
+    """Tell whether ONNX Runtime refuses a graph for what a GPU lacks, not for what the graph is.
+
+    Examples
+    --------
+    >>> is_about_the_gpu("CUDA failure 2: out of memory ; GPU=0"), is_about_the_gpu("Load model failed: Protobuf")
+    (True, False)
+    """
+    words = r"\bCUDA\b|cudnn|cublas|out of memory|Failed to allocate memory"
+    return re.search(words, reason, re.IGNORECASE) is not None
 
 
 def _session_options(threads: int | None) -> onnxruntime.SessionOptions:
@@ -296,8 +322,3 @@ def _session_options(threads: int | None) -> onnxruntime.SessionOptions:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     return options
-
-
-def line_of(error: BaseException) -> str:
-    """Return an exception's message as one line."""
-    return " ".join((str(error) or type(error).__name__).split())

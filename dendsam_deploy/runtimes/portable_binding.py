@@ -11,7 +11,7 @@ import onnxruntime
 
 from dendsam_deploy.errors import InvalidArgumentError
 from dendsam_deploy.runtimes.portable import OnnxRunner, RunnerOptions
-from dendsam_deploy.runtimes.runner import check_inputs
+from dendsam_deploy.runtimes.runner import check_inputs, check_room, own_resident, shape_of_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dendsam_deploy.bundle.manifest import GraphSpec
     from dendsam_deploy.runtimes.runner import Resident, Tensor
 
-_ROWS_PER_CALL = {"detector": 4, "encoder": 4, "decoder": 64}
+_ROWS_PER_CALL = {"detector": 4, "encoder": 4, "decoder": 64, "points": 64}
 """Tiles and boxes that fill a GPU; more of them only take more memory."""
 
 
@@ -38,6 +38,8 @@ class DeviceTensor:
         Shape of these rows.
     dtype : dtype
         Type of the elements.
+    device : str
+        What holds it.
     first : int
         Row of the whole tensor at which these begin.
     """
@@ -45,6 +47,7 @@ class DeviceTensor:
     memory: onnxruntime.OrtValue
     shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
+    device: str
     first: int = 0
 
     @property
@@ -58,7 +61,8 @@ class DeviceTensor:
         start, stop, step = rows.indices(self.shape[0])
         if step != 1:
             raise InvalidArgumentError(f"rows {rows} of a tensor on a device are not consecutive")
-        return DeviceTensor(self.memory, (max(stop - start, 0), *self.shape[1:]), self.dtype, self.first + start)
+        shape = (max(stop - start, 0), *self.shape[1:])
+        return DeviceTensor(self.memory, shape, self.dtype, self.device, self.first + start)
 
     def numpy(self) -> NDArray[np.generic]:
         """Return a copy in the memory of the host."""
@@ -78,68 +82,37 @@ class BoundRunner(OnnxRunner):
         return _ROWS_PER_CALL[self.spec.role]
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[np.generic]]:
-        """Execute the graph once; inputs are C-contiguous arrays or residents that fit `spec`, outputs come down.
-
-        Raises
-        ------
-        InvalidArgumentError
-            Where an input is missing or of another dtype or shape, or the runner was not entered.
-        MissingCapabilityError
-            Where the machine gives up during the execution, for example for lack of memory.
-        """
+        """Execute the graph once and bring its outputs down; see `runner.ResidentRunner`."""
         names = [output.name for output in self.spec.outputs]
         with self._guarded():
-            binding = self._binding(inputs)
+            binding, _ = self._binding(inputs)
             for name in names:
                 binding.bind_output(name, "cpu")
             self._execute(binding)
             return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
 
     def run_into(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Resident]) -> None:
-        """Execute the graph once and write its outputs where they are to stay; raises as `run` does."""
+        """Execute the graph once and leave its outputs where they are to stay; see `runner.ResidentRunner`."""
         with self._guarded():
-            binding = self._binding(inputs)
-            for output in self.spec.outputs:
-                held = self._own(outputs.get(output.name), output.name)
-                if held.dtype.name != output.dtype or len(held.shape) != len(output.shape):
-                    found = f"{held.dtype}{list(held.shape)}"
-                    raise InvalidArgumentError(
-                        f"{self._path}: room for {output.name!r} is {found}, expected {output.dtype}"
-                        f"{list(output.shape)}; take it from `allocate`"
-                    )
-                binding.bind_output(output.name, *self._place, held.dtype.type, held.shape, held.address)
+            binding, lengths = self._binding(inputs)
+            check_room(outputs, self.spec, lengths, str(self._path))
+            for name in (output.name for output in self.spec.outputs):
+                held = own_resident(outputs[name], DeviceTensor, self, name)
+                binding.bind_output(name, *self._place, held.dtype.type, held.shape, held.address)
             self._execute(binding)
 
     def upload(self, array: NDArray[np.generic]) -> DeviceTensor:
-        """Copy a C-contiguous array to the device.
-
-        Raises
-        ------
-        MissingCapabilityError
-            Where there is no memory for it.
-        """
+        """Copy a C-contiguous array to the device; see `runner.ResidentRunner`."""
         with self._guarded():
             memory = onnxruntime.OrtValue.ortvalue_from_numpy(array, *self._place)
-        return DeviceTensor(memory, array.shape, array.dtype)
+        return DeviceTensor(memory, array.shape, array.dtype, self.device)
 
     def allocate(self, output: str, rows: int) -> DeviceTensor:
-        """Return room for an output of that many rows.
-
-        Raises
-        ------
-        InvalidArgumentError
-            For an output that does not exist, or of which more than the number of rows is open.
-        MissingCapabilityError
-            Where there is no memory for it.
-        """
-        spec = next((spec for spec in self.spec.outputs if spec.name == output), None)
-        row_shape = [length for length in spec.shape[1:] if isinstance(length, int)] if spec else []
-        if spec is None or len(row_shape) < len(spec.shape) - 1:
-            raise InvalidArgumentError(f"{self._path}: {output!r} is no output of which only the rows are open")
-        shape, dtype = (rows, *row_shape), np.dtype(spec.dtype)
+        """Return room for an output of that many rows; see `runner.ResidentRunner`."""
+        shape, dtype = shape_of_rows(self.spec, output, rows, str(self._path))
         with self._guarded():
             memory = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, *self._place)
-        return DeviceTensor(memory, shape, dtype)
+        return DeviceTensor(memory, shape, dtype, self.device)
 
     @property
     def _place(self) -> tuple[Literal["cpu", "cuda"], int]:
@@ -148,26 +121,22 @@ class BoundRunner(OnnxRunner):
             return "cpu", 0
         return "cuda", int(self.device.removeprefix("cuda:"))
 
-    def _binding(self, inputs: Mapping[str, Tensor]) -> onnxruntime.IOBinding:
-        """Bind the inputs where they are. A binding lives for one call: it holds on to the arrays that it has seen."""
+    def _binding(self, inputs: Mapping[str, Tensor]) -> tuple[onnxruntime.IOBinding, dict[str, int]]:
+        """Bind the inputs where they are; returns the lengths of their free axes, too.
+
+        A binding lives for one call: it holds on to the arrays that it has seen.
+        """
         binding = self._open_session().io_binding()
         # Checked here because a binding reports everything, a wrong input and a full memory, by one exception.
-        check_inputs(inputs, self.spec, str(self._path))
+        lengths = check_inputs(inputs, self.spec, str(self._path))
         for tensor in self.spec.inputs:
             value = inputs[tensor.name]
             if isinstance(value, np.ndarray):
                 binding.bind_cpu_input(tensor.name, value)
             else:
-                held = self._own(value, tensor.name)
+                held = own_resident(value, DeviceTensor, self, tensor.name)
                 binding.bind_input(tensor.name, *self._place, held.dtype.type, held.shape, held.address)
-        return binding
-
-    def _own(self, tensor: Tensor | None, name: str) -> DeviceTensor:
-        """Return a resident of this engine and device."""
-        if not isinstance(tensor, DeviceTensor) or tensor.memory.device_name() != self._place[0]:
-            found = "missing" if tensor is None else "on another engine or device"
-            raise InvalidArgumentError(f"{self._path}: {name!r} is {found}; run all graphs on {self.device}")
-        return tensor
+        return binding, lengths
 
     def _execute(self, binding: onnxruntime.IOBinding) -> None:
         """Run and wait until the outputs are there."""
@@ -177,22 +146,5 @@ class BoundRunner(OnnxRunner):
 
 
 def portable_runner(path: Path, spec: GraphSpec, options: RunnerOptions) -> OnnxRunner:
-    """Return the runner for a device: on a GPU one that keeps tensors there, on the CPU the plain one.
-
-    Parameters
-    ----------
-    path : Path
-        The ONNX file.
-    spec : GraphSpec
-        What the manifest says about it.
-    options : RunnerOptions
-        Where to execute it.
-
-    Raises
-    ------
-    InvalidArgumentError
-        For a device that has another name.
-    MissingCapabilityError
-        Where the installed ONNX Runtime does not offer the device.
-    """
+    """Return the runner for a device: on a GPU one that keeps tensors there, on the CPU the plain `OnnxRunner`."""
     return (OnnxRunner if options.device == "cpu" else BoundRunner)(path, spec, options)

@@ -1,12 +1,14 @@
 """The seam between the pipeline and the engines: one verb, a context manager, and a public test double.
 
 Every runner takes and returns numpy arrays. One on a GPU may also keep tensors where it computes (`ResidentRunner`), so
-that tiles go up once, embeddings never come down, and the decoder's regions are all that crosses the bus.
+that tiles go up once, embeddings never come down, and the decoder's regions are all that crosses the bus. What every
+runner asks of its inputs, its devices and the tensors that it is given is settled here, too.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeGuard
+import re
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -14,12 +16,15 @@ from dendsam_deploy.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
     from types import TracebackType
     from typing import Self
 
     from numpy.typing import NDArray
 
     from dendsam_deploy.bundle.manifest import GraphSpec
+
+_LONGEST_MESSAGE = 300
 
 
 class Runner(Protocol):
@@ -50,7 +55,15 @@ class Runner(Protocol):
         ...
 
     def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-        """Execute the graph once. Names, dtypes and shapes are those of `spec`; nothing is cast or copied silently."""
+        """Execute the graph once on C-contiguous arrays; nothing is cast or copied silently.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Where an input is missing or of another dtype or shape than those of `spec`, or the runner was not entered.
+        MissingCapabilityError
+            Where the machine gives up during the execution, for example for lack of memory.
+        """
         ...
 
     def __enter__(self) -> Self: ...
@@ -76,6 +89,11 @@ class Resident(Protocol):
         """Type of its elements."""
         ...
 
+    @property
+    def device(self) -> str:
+        """Device that holds it, such as ``cpu`` or ``cuda:0``."""
+        ...
+
     def __getitem__(self, rows: slice) -> Resident:
         """Return consecutive rows of the first axis, which share this tensor's memory."""
         ...
@@ -84,6 +102,8 @@ class Resident(Protocol):
         """Return a copy in the memory of the host."""
         ...
 
+
+Held = TypeVar("Held", bound=Resident)
 
 Tensor: TypeAlias = "NDArray[np.generic] | Resident"
 """What a graph takes: an array of the host, or what a runner of the same engine and device holds."""
@@ -101,19 +121,39 @@ class ResidentRunner(Runner, Protocol):
         ...
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[np.generic]]:
-        """Execute the graph once, on arrays and residents, and bring every output to the host."""
+        """Execute the graph once, on arrays and residents, and bring every output to the host; raises as `Runner`'s."""
         ...
 
     def run_into(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Resident]) -> None:
-        """Execute the graph once and write its outputs, all of which must be given, where they are to stay."""
+        """Execute the graph once and write its outputs, all of which must be given, where they are to stay.
+
+        Raises
+        ------
+        InvalidArgumentError, MissingCapabilityError
+            As `run` does, and where there is no room for an output, or of another size or on another device.
+        """
         ...
 
     def upload(self, array: NDArray[np.generic]) -> Resident:
-        """Copy an array to the device."""
+        """Copy an array to the device.
+
+        Raises
+        ------
+        MissingCapabilityError
+            Where there is no memory for it.
+        """
         ...
 
     def allocate(self, output: str, rows: int) -> Resident:
-        """Return room on the device for an output of that many rows, its contents undefined."""
+        """Return room on the device for an output of that many rows, its contents undefined.
+
+        Raises
+        ------
+        InvalidArgumentError
+            For an output that does not exist, or of which more than the number of rows is open.
+        MissingCapabilityError
+            Where there is no memory for it.
+        """
         ...
 
 
@@ -128,8 +168,42 @@ def share_memory(*runners: Runner) -> bool:
     return len(places) == 1 and all(map(keeps_tensors, runners))
 
 
-def check_inputs(inputs: Mapping[str, Tensor], spec: GraphSpec, where: str) -> None:
+def gpu_of(device: str) -> int | None:
+    """Return the number of the GPU that ``cuda`` or ``cuda:N`` names; None for ``cpu``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        For any other spelling.
+
+    Examples
+    --------
+    >>> gpu_of("cpu"), gpu_of("cuda"), gpu_of("cuda:2")
+    (None, 0, 2)
+    """
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if match is None:
+        raise InvalidArgumentError(f"device {device!r} is unknown; choose cpu, cuda or cuda:N")
+    return None if device == "cpu" else int(match[1] or 0)
+
+
+def line_of(error: BaseException) -> str:
+    """Return the message of a library's exception as one line of bearable length."""
+    return " ".join((str(error) or type(error).__name__).split())[:_LONGEST_MESSAGE]
+
+
+def not_open(path: Path) -> InvalidArgumentError:
+    """Return the error of a runner that is used before it was entered, or after it was left."""
+    return InvalidArgumentError(f"{path}: the runner is not open; use it in a `with` block")
+
+
+def check_inputs(inputs: Mapping[str, Tensor], spec: GraphSpec, where: str) -> dict[str, int]:
     """Raise unless inputs are the contract's: names, dtypes, fixed axes, and equal lengths of axes of one name.
+
+    Returns
+    -------
+    dict
+        Length of every free axis by its name.
 
     Raises
     ------
@@ -151,6 +225,80 @@ def check_inputs(inputs: Mapping[str, Tensor], spec: GraphSpec, where: str) -> N
             raise InvalidArgumentError(
                 f"{where}: the input {tensor.name!r} is {found}, expected contiguous {wanted}{known}"
             )
+    return lengths
+
+
+def shape_of_rows(spec: GraphSpec, output: str, rows: int, where: str) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
+    """Return shape and dtype of an output of which only the rows are open; see `ResidentRunner.allocate`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        For an output that does not exist, or of which more is open.
+    """
+    tensor = next((tensor for tensor in spec.outputs if tensor.name == output), None)
+    row = [length for length in tensor.shape[1:] if isinstance(length, int)] if tensor else []
+    if tensor is None or len(row) < len(tensor.shape) - 1:
+        raise InvalidArgumentError(f"{where}: {output!r} is no output of which only the rows are open")
+    return (rows, *row), np.dtype(tensor.dtype)
+
+
+def check_room(outputs: Mapping[str, Resident], spec: GraphSpec, lengths: Mapping[str, int], where: str) -> None:
+    """Raise unless there is exactly the room for every output; a device would write beyond the end of a smaller one.
+
+    Parameters
+    ----------
+    outputs : mapping
+        What was given to `ResidentRunner.run_into`.
+    spec : GraphSpec
+        The graph.
+    lengths : mapping
+        Lengths of the free axes of its inputs, from `check_inputs`.
+    where : str
+        For messages.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Names `where`, what was found and what was expected.
+    """
+    for tensor in spec.outputs:
+        axis = tensor.shape[0]
+        rows = lengths.get(axis, 0) if isinstance(axis, str) else axis
+        shape, dtype = shape_of_rows(spec, tensor.name, rows, where)
+        given = outputs.get(tensor.name)
+        if given is None or (given.shape, given.dtype) != (shape, dtype):
+            found = "missing" if given is None else f"{given.dtype}{list(given.shape)}"
+            raise InvalidArgumentError(
+                f"{where}: room for {tensor.name!r} is {found}, expected {dtype}{list(shape)} from `allocate`"
+            )
+
+
+def own_resident(tensor: object, kind: type[Held], runner: Runner, name: str) -> Held:
+    """Return a resident that a runner's own engine keeps on the runner's own device.
+
+    Parameters
+    ----------
+    tensor : object
+        What was given.
+    kind : type
+        Residents of the engine.
+    runner : Runner
+        Who is to use it.
+    name : str
+        Name of the input or output.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Where it lies elsewhere: nothing is moved behind the caller's back.
+    """
+    if not isinstance(tensor, kind) or tensor.device != runner.device:
+        place = f"on {tensor.device}" if isinstance(tensor, kind) else "on another engine or device"
+        raise InvalidArgumentError(
+            f"the {runner.spec.role}'s {name!r} lies {place}; run all graphs on {runner.device} by {runner.engine}"
+        )
+    return tensor
 
 
 class CallableRunner:

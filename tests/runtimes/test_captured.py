@@ -99,7 +99,7 @@ def test_tensors_of_other_engines_and_rooms_of_another_size_are_refused(sums: Ca
         sums.run({"tiles": Foreign()})
     with pytest.raises(InvalidArgumentError, match="room for 'sums' is missing"):
         sums.run_into({"tiles": TILES}, {})
-    with pytest.raises(InvalidArgumentError, match=r"DeviceTensor\[3\], expected \[5\] from `allocate`"):
+    with pytest.raises(InvalidArgumentError, match=r"float32\[3\], expected float32\[5\] from `allocate`"):
         sums.run_into({"tiles": TILES}, {"sums": sums.allocate("sums", 3)})
     with pytest.raises(InvalidArgumentError, match="no output"):
         sums.allocate("products", 3)

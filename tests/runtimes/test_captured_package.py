@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper, numpy_helper
+from torch import fx
 
 from dendsam_deploy.bundle.manifest import FileDigest, GraphSpec, TensorSpec
 from dendsam_deploy.errors import MissingCapabilityError, UnsafeFileError
 from dendsam_deploy.runtimes import captured_package
 from dendsam_deploy.runtimes.captured import CapturedOptions, CapturedRunner
-from dendsam_deploy.runtimes.gpu_engine_cache import ENGINE_FILE, ENGINES_FOLDER
+from dendsam_deploy.runtimes.gpu_engine_cache import ENGINE_FILE, ENGINES_FOLDER, EngineCache
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor, fx
+    from torch import Tensor
 
 SPEC = GraphSpec(
     role="encoder",
@@ -86,3 +89,30 @@ def test_a_compiler_that_fails_is_a_missing_capability(graph_file: Path, monkeyp
     with CapturedRunner(graph_file, SPEC, PACKAGED) as runner, refused:
         runner.run({"x": np.zeros((1, 32), np.float32)})
     assert not list((graph_file.parent / ENGINES_FOLDER).rglob(ENGINE_FILE))
+
+
+def program_of(work) -> fx.GraphModule:
+    return fx.symbolic_trace(work)
+
+
+def test_a_package_is_for_one_processor_and_one_translation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Compiled code uses whatever instructions it finds: on an older processor of a cluster it would end the process.
+
+    And another version of this program may translate the same graph in another way.
+    """
+    packages = captured_package.Packages(EngineCache(tmp_path, state=tmp_path), SPEC, torch.device("cpu"))
+    inputs = (torch.zeros(4, 32),)
+    double, triple = (program_of(work) for work in (lambda x: x + x, lambda x: x + x + x))
+    here = packages.identity(double, inputs, "None")
+    assert packages.identity(program_of(lambda x: x + x), inputs, "None").key == here.key
+    assert packages.identity(triple, inputs, "None").key != here.key
+    assert packages.identity(double, inputs, "widened").key != here.key
+    assert packages.identity(double, (torch.zeros(8, 32),), "None").key != here.key
+    host = captured_package.examine_host()
+    for other in (
+        replace(host, processor="abacus"),
+        replace(host, instructions=("avx2",)),
+        replace(host, system="VMS"),
+    ):
+        monkeypatch.setattr(captured_package, "examine_host", lambda other=other: other)
+        assert packages.identity(double, inputs, "None").key != here.key

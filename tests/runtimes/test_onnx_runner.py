@@ -126,11 +126,41 @@ def test_the_tensorrt_provider_is_part_of_the_name_of_the_engine(graph_file: Pat
 def test_work_that_a_gpu_leaves_to_the_cpu_is_refused(graph_file: Path):
     """Here everything runs on the CPU, so that a session on a GPU that did the same would have to be refused."""
     with OnnxRunner(graph_file, SPEC, RunnerOptions(threads=1)) as runner:
-        portable._check_placement(runner._open_session(), graph_file)  # a cast and a sum weigh nothing
+        portable._check_placement(runner._open_session(), graph_file, "cuda")  # a cast and a sum weigh nothing
     model = onnx.load(graph_file)
     model.graph.node[1].CopyFrom(helper.make_node("MatMul", ["real", "matrix"], ["sums"]))
     model.graph.initializer.append(helper.make_tensor("matrix", TensorProto.FLOAT, [3, 1], [1.0, 1.0, 1.0]))
     onnx.save(model, graph_file)
     refused = pytest.raises(MissingCapabilityError, match="would execute MatMul on the CPU")
     with OnnxRunner(graph_file, SPEC, RunnerOptions(threads=1)) as runner, refused:
-        portable._check_placement(runner._open_session(), graph_file)
+        portable._check_placement(runner._open_session(), graph_file, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("provider", "operators", "misplaced"),
+    [
+        ("cuda", {"CUDAExecutionProvider": {"MatMul"}, "CPUExecutionProvider": {"Shape", "Gather"}}, ""),
+        ("tensorrt", {"TensorrtExecutionProvider": {"MatMul"}, "CUDAExecutionProvider": {"Cast"}}, ""),
+        (
+            "tensorrt",
+            {"CUDAExecutionProvider": {"MatMul", "Conv", "Cast"}},
+            "Conv, MatMul with CUDAExecutionProvider, not with TensorRT",
+        ),
+    ],
+)
+def test_no_provider_takes_the_place_of_another(provider: str, operators: dict[str, set[str]], misplaced: str):
+    """Where TensorRT takes nothing of a graph, ONNX Runtime hands everything to CUDA and says nothing about it."""
+    assert portable.misplaced_work(operators, provider) == misplaced
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_the_gpu"),
+    [
+        ("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2: out of memory ; GPU=0 ; hostname=x", True),
+        ("bfc_arena.cc:376 AllocateRawInternal Failed to allocate memory for requested buffer of size 1048576", True),
+        ("[ONNXRuntimeError] : 10 : INVALID_GRAPH : This is an invalid model", False),
+        ("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model failed:Protobuf parsing failed.", False),
+    ],
+)
+def test_a_full_gpu_is_no_fault_of_the_graph(reason: str, is_the_gpu: bool):
+    assert portable.is_about_the_gpu(reason) == is_the_gpu

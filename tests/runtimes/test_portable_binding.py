@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,7 @@ from dendsam_deploy.bundle.manifest import FileDigest, GraphSpec, TensorSpec
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError
 from dendsam_deploy.runtimes import portable
 from dendsam_deploy.runtimes.portable import OnnxRunner, RunnerOptions
-from dendsam_deploy.runtimes.portable_binding import BoundRunner, DeviceTensor, portable_runner
+from dendsam_deploy.runtimes.portable_binding import BoundRunner, portable_runner
 from dendsam_deploy.runtimes.runner import keeps_tensors, share_memory
 
 if TYPE_CHECKING:
@@ -130,17 +131,21 @@ def test_every_output_needs_a_place_that_fits(double: BoundRunner, pick: BoundRu
         double.run_into({"tiles": TILES}, {})
     with pytest.raises(InvalidArgumentError, match="'twice' is uint8"):
         double.run_into({"tiles": TILES}, {"twice": double.upload(TILES)})
+    for rows in (3, 5):
+        with pytest.raises(InvalidArgumentError, match=rf"float32\[{rows}, 2, 3\], expected float32\[4, 2, 3\]"):
+            double.run_into({"tiles": TILES}, {"twice": double.allocate("twice", rows)})
     with pytest.raises(InvalidArgumentError, match="no output of which only the rows are open"):
         double.allocate("thrice", 4)
 
 
 def test_a_tensor_of_another_device_is_refused(double: BoundRunner):
-    class MemoryOfAGpu:
-        def device_name(self) -> str:
-            return "cuda"
-
-    with pytest.raises(InvalidArgumentError, match="run all graphs on cpu"):
-        double.run({"tiles": DeviceTensor(MemoryOfAGpu(), (4, 2, 3), np.dtype(np.uint8))})
+    """Its address would be read on the wrong one: even a second GPU has another memory."""
+    elsewhere = replace(double.upload(TILES), device="cuda:1")
+    with pytest.raises(InvalidArgumentError, match="'tiles' lies on cuda:1; run all graphs on cpu by onnxruntime"):
+        double.run({"tiles": elsewhere})
+    room = replace(double.allocate("twice", 4), device="cuda:1")
+    with pytest.raises(InvalidArgumentError, match="'twice' lies on cuda:1"):
+        double.run_into({"tiles": TILES}, {"twice": room})
 
 
 def test_rows_that_are_not_consecutive_are_refused(double: BoundRunner):
