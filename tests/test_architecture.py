@@ -56,8 +56,9 @@ VENDOR_HOMES = {
     "onnx": ["export/", "runtimes/captured_graph.py"],
     "onnx_ir": ["export/graphs.py"],
     "torch": ["models/", "training/", "export/", "runtimes/torch_reference.py", "runtimes/captured"],
-    "segment_anything": ["models/", "training/sam.py", "export/", "runtimes/torch_reference.py"],
+    "segment_anything": ["models/", "training/", "export/", "runtimes/torch_reference.py"],
     "timm": ["models/tiny_vit.py"],
+    "lightning_fabric": ["training/launcher.py"],
     "ultralytics": ["models/detector.py"],
 }
 """Which files may import a library. A home is a folder or the beginning of a file name."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class MovingAverage:
-    """Averaged weights of a model.
+    """Averaged weights of what is trained of a model.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ class MovingAverage:
         Its current weights are the first average.
     decay : float
         Weight of the past at every update, once there is enough of it: early on the average follows the model with
-        ``(1 + t) / (10 + t)`` after t updates, so that it forgets where training began.
+        ``(1 + t) / (10 + t)`` after t updates, so that it forgets where training began. 0 keeps the last weights alone.
 
     References
     ----------
@@ -32,14 +32,14 @@ class MovingAverage:
     def __init__(self, model: nn.Module, decay: float = 0.998) -> None:
         self.decay = decay
         self.updates = 0
-        self.values = {name: value.detach().clone() for name, value in model.named_parameters()}
+        self.values = {name: value.detach().clone() for name, value in _trained(model)}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take the model's current weights into the average."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, value in model.named_parameters():
+        for name, value in _trained(model):
             self.values[name].lerp_(value.detach(), 1 - decay)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ class MovingAverage:
     @contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:
         """Let the model have the averaged weights for a while."""
-        own = {name: value.detach().clone() for name, value in model.named_parameters()}
+        own = {name: value.detach().clone() for name, value in _trained(model)}
         _assign(model, self.values)
         try:
             yield
@@ -59,5 +59,10 @@ class MovingAverage:
 
 @torch.no_grad()
 def _assign(model: nn.Module, values: dict[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model):
         parameter.copy_(values[name])
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that are not frozen."""
+    return ((name, value) for name, value in model.named_parameters() if value.requires_grad)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dendsam_deploy.errors import VolumeError
+from dendsam_deploy.training.prompts import random_points
 from dendsam_deploy.training.samples import (
     MIN_OBJECT_PX,
     Tile,
     TileObjects,
     coverage,
     jittered_boxes,
-    random_points,
     random_tile,
     tile_objects,
 )
@@ -23,11 +24,38 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dendsam_deploy.training.sam_options import SamTrainingOptions
     from dendsam_deploy.training.source import TrainingSource
 
 MOST_TILES_DRAWN = 5000
 """Tiles drawn for one step, nearly all of them without an object, before training gives up."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecipe:
+    """How a batch is drawn.
+
+    Parameters
+    ----------
+    tiles : int
+        Tiles of a batch.
+    objects_per_tile : int
+        Most objects prompted on each tile.
+    box_jitter : (float, float)
+        Error of prompted boxes, as fractions of their sides.
+    exact_fraction : float
+        Part of the boxes that stay exact.
+    thickest_fraction : float
+        Part of the prompted points that lie where the object is thickest.
+    min_object_px : float
+        Least area of an object, slice px; parts of objects at the edge of a tile may have half of it.
+    """
+
+    tiles: int = 1
+    objects_per_tile: int = 16
+    box_jitter: tuple[float, float] = (0.05, 0.15)
+    exact_fraction: float = 0.3
+    thickest_fraction: float = 0.5
+    min_object_px: float = MIN_OBJECT_PX
 
 
 class Batch(NamedTuple):
@@ -53,18 +81,27 @@ class Batch(NamedTuple):
             ]
         )
 
+    def object_masks(self) -> NDArray[np.bool_]:
+        """Return each object as a mask of its tile, ``(n, S, S)``."""
+        pairs = zip(self.tile_index, self.numbers, strict=True)
+        return np.stack([self.tiles[tile].objects == number for tile, number in pairs])
 
-def draw_batch(sources: Sequence[TrainingSource], options: SamTrainingOptions, rng: np.random.Generator) -> Batch:
-    """Draw the tiles, objects and prompts of a step.
+
+def draw_batch(
+    sources: Sequence[TrainingSource], recipe: BatchRecipe, rng: np.random.Generator, *, use_points: bool
+) -> Batch:
+    """Draw tiles, objects and prompts.
 
     Parameters
     ----------
     sources : sequence of TrainingSource
         Drawn from in proportion to their weights.
-    options : SamTrainingOptions
-        Sizes of the batch and kinds of prompts.
+    recipe : BatchRecipe
+        Sizes of the batch and errors of the prompts.
     rng : numpy.random.Generator
         Source of all choices.
+    use_points : bool
+        Prompt with a point in each object in place of its box.
 
     Raises
     ------
@@ -72,24 +109,24 @@ def draw_batch(sources: Sequence[TrainingSource], options: SamTrainingOptions, r
         If the labels are so sparse that no tile shows an object.
     """
     weights = np.array([source.weight for source in sources])
-    use_points = bool(rng.random() < options.point_fraction)
     tiles: list[Tile] = []
     chosen: list[TileObjects] = []
     prompts: list[NDArray[np.float32]] = []
     for _ in range(MOST_TILES_DRAWN):
         source = sources[int(rng.choice(len(sources), p=weights / weights.sum()))]
         tile = random_tile(source.train, source.recipe, rng)
-        objects = tile_objects(tile, MIN_OBJECT_PX * source.recipe.zoom**2 / 2)
+        objects = tile_objects(tile, max(recipe.min_object_px * source.recipe.zoom**2 / 2, 1))
         if not len(objects.numbers):
-            continue  # it would teach a box decoder nothing
-        objects = objects.take(rng.permutation(len(objects.numbers))[: options.objects_per_tile])
+            continue  # it would teach a decoder of prompts nothing
+        objects = objects.take(rng.permutation(len(objects.numbers))[: recipe.objects_per_tile])
         tiles.append(tile)
         chosen.append(objects)
         if use_points:
-            prompts.append(random_points(tile.objects, objects.numbers, objects.boxes_xyxy, rng))
+            drawn = random_points(tile.objects, objects.numbers, objects.boxes_xyxy, rng, recipe.thickest_fraction)
         else:
-            prompts.append(jittered_boxes(objects.boxes_xyxy, options.box_jitter, options.exact_fraction, rng))
-        if len(tiles) == (options.tiles_per_step or 1):
+            drawn = jittered_boxes(objects.boxes_xyxy, recipe.box_jitter, recipe.exact_fraction, rng)
+        prompts.append(drawn)
+        if len(tiles) == recipe.tiles:
             return Batch(
                 tiles=tuple(tiles),
                 numbers=np.concatenate([objects.numbers for objects in chosen]),

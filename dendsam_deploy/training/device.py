@@ -34,8 +34,8 @@ def check_device(device: str) -> None:
         raise MissingCapabilityError(f"{device} is not available to torch on this machine; train on the cpu")
 
 
-def tiles_that_fit(free_bytes: int, fixed_bytes: int, bytes_per_tile: int) -> int:
-    """Return how many tiles of a step fit into memory, 1 to `MOST_TILES_PER_STEP`.
+def tiles_that_fit(free_bytes: int, fixed_bytes: int, bytes_per_tile: int, at_least: int = 1) -> int:
+    """Return how many tiles of a step fit into memory, `at_least` to `MOST_TILES_PER_STEP`.
 
     Parameters
     ----------
@@ -44,7 +44,9 @@ def tiles_that_fit(free_bytes: int, fixed_bytes: int, bytes_per_tile: int) -> in
     fixed_bytes : int
         What training needs whatever the batch: gradients and the optimiser's moments.
     bytes_per_tile : int
-        Measured peak of a step of one tile.
+        Peak of a step of one tile.
+    at_least : int
+        What to return where less fits.
     """
     usable = _USABLE_FRACTION * free_bytes - fixed_bytes
-    return int(min(max(usable // max(bytes_per_tile, 1), 1), MOST_TILES_PER_STEP))
+    return int(min(max(usable // max(bytes_per_tile, 1), at_least), MOST_TILES_PER_STEP))

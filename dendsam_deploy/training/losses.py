@@ -18,6 +18,14 @@ class MaskLosses(NamedTuple):
     iou: Tensor
 
 
+class IterativeLosses(NamedTuple):
+    """Losses of n objects: Dice of the best mask of each, error of the predicted IoU, IoU of that mask; each (n,)."""
+
+    dice: Tensor
+    iou_error: Tensor
+    iou: Tensor
+
+
 def mask_losses(logits: Tensor, target: Tensor, predicted_iou: Tensor) -> MaskLosses:
     """Compare mask logits with the truth.
 
@@ -33,23 +41,64 @@ def mask_losses(logits: Tensor, target: Tensor, predicted_iou: Tensor) -> MaskLo
     Returns
     -------
     MaskLosses
-        Soft Dice loss ``1 - 2 sum(p t) / (sum(p^2) + sum(t^2))``, mean binary cross entropy, squared error of the
-        predicted IoU against the IoU of the binary masks, and that IoU.
+        Soft Dice loss ``1 - (2 sum(p t) + 1) / (sum(p^2) + sum(t^2) + 1)``, mean binary cross entropy, squared error of
+        the predicted IoU against the IoU of the binary masks, and that IoU.
 
     References
     ----------
     Milletari et al. 2016, V-Net, arXiv:1606.04797 (Dice). Archit et al. 2025, micro-sam,
     doi:10.1038/s41592-024-02580-4 (Dice + IoU regression).
     """
-    probability, truth, flat = logits.sigmoid().flatten(1), target.flatten(1), logits.flatten(1)
-    overlap = 2 * (probability * truth).sum(1)
-    dice = 1 - (overlap + 1) / (probability.square().sum(1) + truth.square().sum(1) + 1)
+    truth, flat = target.flatten(1), logits.flatten(1)
     cross_entropy = functional.binary_cross_entropy_with_logits(flat, truth, reduction="none").mean(1)
-    with torch.no_grad():
-        inside, object_ = flat > 0, truth > 0.5
-        union = (inside | object_).sum(1).clamp(min=1)
-        iou = (inside & object_).sum(1) / union
-    return MaskLosses(dice, cross_entropy, (predicted_iou - iou).square(), iou)
+    iou = _binary_iou(flat, truth)
+    return MaskLosses(_dice_loss(flat, truth, 1.0), cross_entropy, (predicted_iou - iou).square(), iou)
+
+
+def iterative_losses(logits: Tensor, target: Tensor, predicted_iou: Tensor) -> IterativeLosses:
+    """Compare the masks that answer one prompt with the truth, by the loss that DendriteSAM was trained with.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (n, m, h, w)
+        Logits of the m masks of each object, 1 or 3.
+    target : Tensor, shape (n, h, w)
+        1 in the object, else 0.
+    predicted_iou : Tensor, shape (n, m)
+        The model's estimate of the IoU of each mask.
+
+    Returns
+    -------
+    IterativeLosses
+        Least soft Dice loss ``1 - 2 sum(p t) / (sum(p^2) + sum(t^2))`` of the masks, mean over the masks of the squared
+        error of the predicted IoU, and the IoU of the mask with the least Dice loss.
+
+    References
+    ----------
+    As of `mask_losses`; micro_sam/training/sam_trainer.py at github.com/computational-cell-analytics/micro-sam.
+    """
+    count, masks = predicted_iou.shape
+    flat = logits.flatten(2).flatten(0, 1)
+    truth = target.flatten(1).repeat_interleave(masks, 0)
+    dice = _dice_loss(flat, truth, 0.0).reshape(count, masks)
+    iou = _binary_iou(flat, truth).reshape(count, masks)
+    least, which = dice.min(1)
+    return IterativeLosses(least, (predicted_iou - iou).square().mean(1), iou.gather(1, which[:, None])[:, 0])
+
+
+def _dice_loss(logits: Tensor, truth: Tensor, smoothing: float) -> Tensor:
+    """Return the soft Dice loss (n,) of masks (n, p)."""
+    probability = logits.sigmoid()
+    overlap = 2 * (probability * truth).sum(1) + smoothing
+    total = probability.square().sum(1) + truth.square().sum(1) + smoothing
+    return 1 - overlap / total.clamp(min=1e-7)
+
+
+@torch.no_grad()
+def _binary_iou(logits: Tensor, truth: Tensor) -> Tensor:
+    """Return the IoU (n,) of masks (n, p), cut at logit 0, with the truth, cut at one half."""
+    inside, object_ = logits > 0, truth > 0.5
+    return (inside & object_).sum(1) / (inside | object_).sum(1).clamp(min=1)
 
 
 def best_alternative(alternatives: list[MaskLosses]) -> MaskLosses:

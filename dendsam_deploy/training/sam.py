@@ -1,8 +1,8 @@
-"""Fine-tuning of SAM on labelled slices with the boxes that a detector draws, through the very graph that is deployed.
+"""Fine-tuning of SAM on labelled slices: the loop around a protocol.
 
-One step: cut tiles, encode them, draw a few objects of each, prompt the decoder with their boxes (or, in some steps,
-one point each) and compare its logits with the truth on each box's region. Sections are split into contiguous blocks;
-the checkpoint that segments the held-out block best is kept.
+One step: cut tiles, encode them, prompt some objects of each and learn from the answers as the protocol says
+(`lessons`). Sections are split into contiguous blocks; the checkpoint that segments the held-out block best, prompted
+by exact boxes, is kept.
 """
 
 from __future__ import annotations
@@ -12,23 +12,29 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dendsam_deploy.errors import VolumeError
-from dendsam_deploy.geometry import LOGIT_STRIDE_PX
-from dendsam_deploy.models.box_decoder import CELLS_PER_TOKEN, BoxDecoderGraph, DecodedTokens
+from dendsam_deploy.models.box_decoder import BoxDecoderGraph
 from dendsam_deploy.models.image_encoder import ImageEncoderGraph
 from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 from dendsam_deploy.training import judge
+from dendsam_deploy.training.adapters import choose_parts, merged_state, set_training_mode
 from dendsam_deploy.training.averages import MovingAverage
-from dendsam_deploy.training.batches import Batch, draw_batch
-from dendsam_deploy.training.device import check_device, tiles_that_fit
-from dendsam_deploy.training.losses import DenseHints, MaskLosses, best_alternative, mask_losses
-from dendsam_deploy.training.samples import Tile, boxes_by_region, dense_targets
+from dendsam_deploy.training.batches import Batch, BatchRecipe, draw_batch
+from dendsam_deploy.training.checkpointing import recompute_blocks
+from dendsam_deploy.training.device import check_device
+from dendsam_deploy.training.launcher import Alone, Team
+from dendsam_deploy.training.lessons import BoxLesson, IterativeLesson, Lesson
+from dendsam_deploy.training.losses import DenseHints
+from dendsam_deploy.training.plan import HALF_TYPES, TrainingPlan, plan_training
+from dendsam_deploy.training.prompted_decoder import PromptedDecoder
+from dendsam_deploy.training.randomness import random_states, restore_random_states
+from dendsam_deploy.training.rates import make_rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,13 +48,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TrainedSam:
-    """The best state of a training run and how it came about."""
+    """The best state of a training run and how it came about.
+
+    Parameters
+    ----------
+    state : dict of Tensor
+        State dict of a plain SAM; adapters are merged.
+    held_out_iou, first_held_out_iou : float
+        With exact boxes, of this state and before training.
+    best_step, steps : int
+        After which step the state was, and how many there were.
+    seconds : float
+        Time of this run and of those that it went on from.
+    stopped_early : bool
+        Whether the patience ended it.
+    history : tuple of Judgement
+        All judgements.
+    """
 
     state: dict[str, Tensor]
     held_out_iou: float
     first_held_out_iou: float
+    best_step: int
     steps: int
     seconds: float
+    stopped_early: bool
     history: tuple[judge.Judgement, ...]
 
 
@@ -60,15 +84,41 @@ class TrainingState(NamedTuple):
 
     step: int
     elapsed_s: float
+    means: tuple[float, float]
     model: dict[str, Tensor]
     average: dict[str, Tensor]
     hints: dict[str, Tensor]
     optimiser: dict[str, object]
+    rate: dict[str, Any]
+    scaler: dict[str, Any]
+    randomness: dict[str, Any]
     best: dict[str, Tensor]
-    history: list[tuple[int, float, float]]
+    history: list[tuple[Any, ...]]
 
 
 CheckpointCallback = Callable[[TrainingState], None]
+
+
+@dataclass(slots=True)
+class _Course:
+    """How far a run has come: `means` are running means of loss and IoU, `best` the best state dict so far."""
+
+    step: int
+    elapsed_s: float
+    means: tuple[float, float]
+    history: list[judge.Judgement]
+    best: dict[str, Tensor]
+
+    def take(self, learnt: tuple[float, float], elapsed_s: float) -> None:
+        """Note a step that had this loss and IoU."""
+        pairs = zip(self.means, learnt, strict=True)
+        loss, iou = (new if math.isnan(mean) else 0.98 * mean + 0.02 * new for mean, new in pairs)
+        self.means, self.step, self.elapsed_s = (loss, iou), self.step + 1, elapsed_s
+
+    def is_stuck(self, patience: int | None) -> bool:
+        """Tell whether so many judgements in a row were no better than one before them."""
+        scores = [entry.held_out_iou for entry in self.history]
+        return patience is not None and len(scores) - 1 - scores.index(max(scores)) >= patience
 
 
 class SamTrainer:
@@ -79,11 +129,14 @@ class SamTrainer:
     sam : Sam
         Model to train, changed in place.
     sources : sequence of TrainingSource
-        Volumes, drawn from in proportion to their weights.
+        Volumes, drawn from in proportion to their weights. Those without held-out slices only teach.
     options : SamTrainingOptions
-        Schedule and batch.
+        Schedule, protocol and batch.
     with_hints : bool
-        Train the encoder on borders and object centres too; for encoders that start from little.
+        For encoders that start from little: a higher learning rate, and with the protocol ``boxes`` borders and object
+        centres as further targets of the encoder.
+    team : Team
+        The processes that train together.
 
     Raises
     ------
@@ -94,29 +147,39 @@ class SamTrainer:
     """
 
     def __init__(
-        self, sam: Sam, sources: Sequence[TrainingSource], options: SamTrainingOptions, *, with_hints: bool
+        self,
+        sam: Sam,
+        sources: Sequence[TrainingSource],
+        options: SamTrainingOptions,
+        *,
+        with_hints: bool,
+        team: Team | None = None,
     ) -> None:
         check_device(options.device)
-        self.options, self.sources = options, tuple(sources)
+        self.options, self.sources, self.team = options, tuple(sources), team or Alone()
         self.device = torch.device(options.device)
-        self.sam = sam.to(self.device)
-        self.encoder, self.decoder = ImageEncoderGraph(self.sam), BoxDecoderGraph(self.sam).to(self.device)
-        self.hints = DenseHints(256).to(self.device) if with_hints else None
-        rate = options.learning_rate or (4e-4 if with_hints else 1e-5)
-        parameters = [*self.sam.parameters(), *(self.hints.parameters() if self.hints else ())]
-        self.optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
-        self.peak_rate = rate
-        self.average = MovingAverage(self.sam)
-        self._judged_tiles = [
-            tile
-            for source in self.sources
-            if source.held_out is not None
-            for tile in judge.judged_tiles(source.held_out, source.recipe, options.judge_slices)
-        ]
-        if not self._judged_tiles:
-            raise VolumeError("the held-out slices show no object to judge by; hold out others")
-        if options.tiles_per_step is None:
-            self.options = dataclasses.replace(options, tiles_per_step=self._fitting_tiles())
+        self.sam = sam
+        choose_parts(sam, options.train, options.lora_rank, torch.Generator().manual_seed(options.seed))
+        set_training_mode(sam, options.train)
+        self.judged_tiles = self._judged_tiles()
+        self.plan: TrainingPlan = self.team.agree(plan_training(sam, options, is_young=with_hints))
+        if self.plan.checkpointing:
+            recompute_blocks(sam)
+        sam.to(self.device)
+        self.encoder, self.decoder = ImageEncoderGraph(sam), BoxDecoderGraph(sam).to(self.device)
+        self.hints = DenseHints(256).to(self.device) if with_hints and options.protocol == "boxes" else None
+        trained = [*sam.parameters(), *(self.hints.parameters() if self.hints else ())]
+        self._trained = [parameter for parameter in trained if parameter.requires_grad]
+        self.optimiser = torch.optim.AdamW(
+            self._trained,
+            lr=self.plan.learning_rate,
+            weight_decay=self.plan.weight_decay,
+            betas=(0.9, self.plan.second_moment),
+        )
+        self.rate = make_rate(self.plan.rate, self.optimiser, self.plan.learning_rate)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.plan.precision == "fp16")
+        self.average = MovingAverage(sam, self.plan.average_decay)
+        self.lesson = self._lesson()
 
     def run(
         self,
@@ -135,59 +198,88 @@ class SamTrainer:
         checkpoint : callable, optional
             Given the `TrainingState` after every judgement.
         """
-        history = [judge.Judgement(*row) for row in resume.history] if resume else []
-        step, elapsed_before = (resume.step, resume.elapsed_s) if resume else (0, 0.0)
-        if resume:
-            self._restore(resume)
-        best = dict(resume.best) if resume else self._averaged_state()
-        if not history:
-            history.append(judge.Judgement(0, 0.0, self.held_out_iou()))
-        started = last_judged = time.monotonic()
-        loss_mean, iou_mean = math.nan, math.nan
-        while (done := self._fraction_done(step, elapsed_before + time.monotonic() - started)) < 1:
-            loss, iou = self._step(step, done)
-            step += 1
-            loss_mean = loss if math.isnan(loss_mean) else 0.98 * loss_mean + 0.02 * loss
-            iou_mean = iou if math.isnan(iou_mean) else 0.98 * iou_mean + 0.02 * iou
-            elapsed = elapsed_before + time.monotonic() - started
-            done = self._fraction_done(step, elapsed)
-            left = elapsed / 60 * (1 - min(done, 1)) / done
-            held_out = max(entry.held_out_iou for entry in history)
-            note = (
-                f"step {step}, loss {loss_mean:.3f}, IoU {iou_mean:.3f}, held-out {held_out:.3f}, {left:.1f} min left"
-            )
-            progress(Progress("train", min(done, 1), 1.0, note))
-            if self._judgement_is_due(step, time.monotonic() - last_judged):
-                best = self._judged(step, elapsed, history, best)
+        course = self._course(resume)
+        started, earlier = time.monotonic(), course.elapsed_s
+        last_judged = started
+        while not course.is_stuck(self.options.patience):
+            done = self.team.agree(self._fraction_done(course))
+            if done >= 1:
+                break
+            course.take(self._step(course.step, done), earlier + time.monotonic() - started)
+            progress(self._progress(course))
+            if self.team.agree(self._judgement_is_due(course.step, time.monotonic() - last_judged)):
+                self._judge(course)
                 if checkpoint is not None:
-                    checkpoint(self._snapshot(step, elapsed, history, best))
+                    checkpoint(self._snapshot(course))
                 last_judged = time.monotonic()
-        elapsed = elapsed_before + time.monotonic() - started
-        if history[-1].step < step:
-            best = self._judged(step, elapsed, history, best)
-        winner = max(history, key=lambda entry: entry.held_out_iou)
-        return TrainedSam(best, winner.held_out_iou, history[0].held_out_iou, step, elapsed, tuple(history))
+            course.elapsed_s = earlier + time.monotonic() - started
+        if course.history[-1].step < course.step:
+            self._judge(course)
+        winner = max(reversed(course.history), key=lambda entry: entry.held_out_iou)  # of equally good ones the last
+        return TrainedSam(
+            state=course.best,
+            held_out_iou=winner.held_out_iou,
+            first_held_out_iou=course.history[0].held_out_iou,
+            best_step=winner.step,
+            steps=course.step,
+            seconds=course.elapsed_s,
+            stopped_early=course.is_stuck(self.options.patience),
+            history=tuple(course.history),
+        )
 
     def held_out_iou(self) -> float:
         """Return the mean IoU, with exact boxes, of the averaged weights over the judged objects of all sources."""
+        if self.team.rank:
+            return self.team.agree(0.0)
         with self.average.swapped_in(self.sam):
-            return float(judge.box_prompt_iou(self.encoder, self.decoder, self._judged_tiles).mean())
+            scores = judge.box_prompt_iou(self.encoder, self.decoder, (tile for _, tile in self.judged_tiles))
+        return self.team.agree(float(scores.mean()))
 
-    def _judged(
-        self, step: int, elapsed: float, history: list[judge.Judgement], best: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Judge the averaged weights, note it, and return the best weights so far."""
+    def averaged_state(self) -> dict[str, Tensor]:
+        """Return the averaged weights as the state dict of a plain SAM, on the CPU."""
+        state = merged_state(self.average.state(self.sam))
+        return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+    def _judged_tiles(self) -> list[tuple[str, judge.JudgedTile]]:
+        """Return what judges, with the name of the volume that it is from."""
+        options = self.options
+        tiles = [
+            (source.name, tile)
+            for source in self.sources
+            if source.held_out is not None
+            for tile in judge.judged_tiles(source.held_out, source.recipe, options.judge_slices, options.min_object_px)
+        ]
+        if not tiles:
+            raise VolumeError("the held-out slices show no object to judge by; hold out others")
+        return tiles
+
+    def _lesson(self) -> Lesson:
+        if self.plan.protocol == "boxes":
+            return BoxLesson(self.decoder, self.hints)
+        decoder = PromptedDecoder(self.decoder, HALF_TYPES[self.plan.precision])
+        return IterativeLesson(decoder, self.options.rounds, self.options.mask_fraction, self.plan.objects_at_once)
+
+    def _course(self, resume: TrainingState | None) -> _Course:
+        """Begin, or go on where a run stopped."""
+        if resume is None:
+            first = judge.Judgement(0, 0.0, self.held_out_iou())
+            return _Course(0, 0.0, (math.nan, math.nan), [first], self.averaged_state())
+        self._restore(resume)
+        history = [judge.Judgement(*row) for row in resume.history]
+        return _Course(resume.step, resume.elapsed_s, resume.means, history, dict(resume.best))
+
+    def _judge(self, course: _Course) -> None:
+        """Judge the averaged weights and note it; keep them if they are as good as the best."""
         iou = self.held_out_iou()
-        improved = iou >= max(entry.held_out_iou for entry in history)
-        history.append(judge.Judgement(step, elapsed, iou))
-        return self._averaged_state() if improved else best
+        if iou >= max(entry.held_out_iou for entry in course.history):
+            course.best = self.averaged_state()
+        rate = float(self.optimiser.param_groups[0]["lr"])
+        course.history.append(judge.Judgement(course.step, course.elapsed_s, iou, *course.means, rate))
+        self.rate.judged(iou)
 
-    def _averaged_state(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in self.average.state(self.sam).items()}
-
-    def _fraction_done(self, step: int, elapsed_s: float) -> float:
-        by_step = step / self.options.steps if self.options.steps else 0.0
-        by_time = elapsed_s / (60 * self.options.minutes) if self.options.minutes else 0.0
+    def _fraction_done(self, course: _Course) -> float:
+        by_step = course.step / self.options.steps if self.options.steps else 0.0
+        by_time = course.elapsed_s / (60 * self.options.minutes) if self.options.minutes else 0.0
         return max(by_step, by_time)
 
     def _judgement_is_due(self, step: int, since_s: float) -> bool:
@@ -196,101 +288,101 @@ class SamTrainer:
             return step % (options.judge_steps or math.ceil(options.steps / 10)) == 0
         return since_s > 60 * options.judge_minutes
 
+    def _progress(self, course: _Course) -> Progress:
+        done = min(self._fraction_done(course), 1.0)
+        left = course.elapsed_s / 60 * (1 - done) / done
+        held_out = max(entry.held_out_iou for entry in course.history)
+        (loss, iou), step = course.means, course.step
+        text = f"step {step}, loss {loss:.3f}, IoU {iou:.3f}, held-out {held_out:.3f}, {left:.1f} min left"
+        return Progress("train", done, 1.0, text)
+
     def _step(self, step: int, done: float) -> tuple[float, float]:
         """Take one optimiser step; return its loss and the mean IoU of its masks."""
-        warm = min(1.0, (step + 1) / 100)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.peak_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        batch = draw_batch(self.sources, self.options, np.random.default_rng([self.options.seed, step]))
-        loss, iou = self._loss(batch)
+        self.rate.before_step(step, done)
+        set_training_mode(self.sam, self.options.train)
         self.optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.sam.parameters(), 1.0)
-        self.optimiser.step()
+        learnt = []
+        for turn in range(self.plan.accumulate):
+            part = turn * self.team.size + self.team.rank
+            rng = np.random.default_rng([self.options.seed, step, part])
+            use_points = self._uses_points(step + part, rng)
+            learnt.append(self._learn(draw_batch(self.sources, self._recipe(), rng, use_points=use_points), rng))
+        self.team.average_gradients(self._trained)
+        self.scaler.unscale_(self.optimiser)
+        if math.isfinite(self.plan.clip_norm):
+            torch.nn.utils.clip_grad_norm_(self._trained, self.plan.clip_norm)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
         self.average.update(self.sam)
-        return float(loss.detach()), float(iou)
+        losses, ious = zip(*learnt, strict=True)
+        return sum(losses) / len(losses), sum(ious) / len(ious)
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss of a batch, and the mean IoU of its masks."""
+    def _learn(self, batch: Batch, rng: np.random.Generator) -> tuple[float, float]:
+        """Add the gradient of a batch, a share of the step's; return the loss and the mean IoU."""
         images = self._tensor(np.stack([tile.image for tile in batch.tiles]))
         sizes = torch.tensor([tile.size_hw for tile in batch.tiles], device=self.device)
-        self.sam.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        half = HALF_TYPES[self.plan.precision]
+        with torch.autocast(self.device.type, half or torch.bfloat16, enabled=half is not None):
             embeddings = self.encoder(images, sizes)
         embeddings = embeddings.float()
-        losses = self._mask_losses(embeddings, batch)
-        loss = (losses.dice + 2 * losses.cross_entropy + losses.iou_error).mean()
-        if self.hints is not None:
-            loss = loss + 0.5 * self.hints(embeddings, *self._dense_targets(batch.tiles))
-        return loss, losses.iou.mean()
+        cut = embeddings.detach().requires_grad_(embeddings.requires_grad)
+        loss, iou, weight = 0.0, 0.0, 0.0
+        for part in self.lesson.parts(cut, batch, rng):
+            torch.autograd.backward(self.scaler.scale(part.loss / self.plan.accumulate))
+            loss += float(part.loss.detach())
+            iou += part.weight * part.iou
+            weight += part.weight
+        if cut.grad is not None:
+            torch.autograd.backward(embeddings, cut.grad)
+        return loss, iou / weight
 
-    def _fitting_tiles(self) -> int:
-        """Return how many tiles to encode in a step; on a GPU one is tried out."""
-        if self.device.type == "cpu":
-            return 1
-        free_bytes, _ = torch.cuda.mem_get_info(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        one = dataclasses.replace(self.options, tiles_per_step=1)
-        torch.autograd.backward(self._loss(draw_batch(self.sources, one, np.random.default_rng(one.seed)))[0])
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        self.optimiser.zero_grad(set_to_none=True)
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.sam.parameters())
-        # Gradients and two moments of AdamW, each as large as the weights.
-        return tiles_that_fit(free_bytes, 3 * weights, peak)
+    def _uses_points(self, turn: int, rng: np.random.Generator) -> bool:
+        """Tell whether a batch prompts with points: with a probability, or as published every second one."""
+        if self.plan.protocol == "published":
+            return turn % 2 == 0
+        return bool(rng.random() < self.options.point_fraction)
 
-    def _dense_targets(self, tiles: Sequence[Tile]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return borders, offsets and where these hold, for all tiles."""
-        border, offset, inside = zip(*(dense_targets(tile, LOGIT_STRIDE_PX) for tile in tiles), strict=True)
-        return self._tensor(np.stack(border)), self._tensor(np.stack(offset)), self._tensor(np.stack(inside))
+    def _recipe(self) -> BatchRecipe:
+        plan = self.plan
+        return BatchRecipe(
+            tiles=plan.tiles_per_step,
+            objects_per_tile=plan.objects_per_tile,
+            box_jitter=plan.box_jitter,
+            exact_fraction=plan.exact_fraction,
+            thickest_fraction=0.5 if plan.protocol == "boxes" else 0.0,
+            min_object_px=self.options.min_object_px,
+        )
 
-    def _mask_losses(self, embeddings: Tensor, batch: Batch) -> MaskLosses:
-        """Decode every prompt of a batch and compare with the truth, object by object."""
-        embed = self.decoder.point_tokens if batch.use_points else self.decoder.box_tokens
-        tile_index = torch.from_numpy(batch.tile_index).to(self.device)
-        decoded = self.decoder.decode_prompts(embeddings, embed(self._tensor(batch.prompts)), tile_index)
-        groups = boxes_by_region(batch.boxes_xyxy, self.decoder.grid)
-        parts = [self._region_losses(decoded, batch, side, rows) for side, rows in groups]
-        return MaskLosses(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-    def _region_losses(self, decoded: DecodedTokens, batch: Batch, side: int, rows: NDArray[np.intp]) -> MaskLosses:
-        """Compare the masks of some prompts with the truth on regions of one size."""
-        index = torch.from_numpy(rows).to(self.device)
-        boxes = self._tensor(batch.boxes_xyxy[rows])
-        origin = self.decoder.region_origin(boxes, torch.tensor(side, device=self.device))
-        cells = self.decoder.region_tokens(decoded.image[index], origin, torch.arange(side, device=self.device))
-        truth = self._tensor(batch.coverage(rows, origin.cpu().numpy() * CELLS_PER_TOKEN, side * CELLS_PER_TOKEN))
-        # SAM answers a box with its first mask token and a point with the best of the other three.
-        alternatives = []
-        for token in (1, 2, 3) if batch.use_points else (0,):
-            kernel = self.sam.mask_decoder.output_hypernetworks_mlps[token](decoded.masks[index, token])
-            logits = self.decoder.mask_logits(cells, kernel)
-            alternatives.append(mask_losses(logits, truth, decoded.iou[index, token]))
-        return best_alternative(alternatives)
-
-    def _snapshot(
-        self, step: int, elapsed_s: float, history: list[judge.Judgement], best: dict[str, Tensor]
-    ) -> TrainingState:
+    def _snapshot(self, course: _Course) -> TrainingState:
         return TrainingState(
-            step,
-            elapsed_s,
-            self.sam.state_dict(),
-            self.average.values,
-            self.hints.state_dict() if self.hints else {},
-            self.optimiser.state_dict(),
-            best,
-            [dataclasses.astuple(entry) for entry in history],
+            step=course.step,
+            elapsed_s=course.elapsed_s,
+            means=course.means,
+            model=self.sam.state_dict(),
+            average=self.average.values,
+            hints=self.hints.state_dict() if self.hints else {},
+            optimiser=self.optimiser.state_dict(),
+            rate=self.rate.state(),
+            scaler=self.scaler.state_dict(),
+            randomness=random_states(),
+            best=course.best,
+            history=[dataclasses.astuple(entry) for entry in course.history],
         )
 
     def _restore(self, state: TrainingState) -> None:
         self.sam.load_state_dict(state.model)
         # The graph holds what it has computed from the model's position encoding.
         self.decoder = BoxDecoderGraph(self.sam).to(self.device)
+        self.lesson = self._lesson()
         self.average.values = {name: value.to(self.device) for name, value in state.average.items()}
         self.average.updates = state.step
         if self.hints is not None:
             self.hints.load_state_dict(state.hints)
         self.optimiser.load_state_dict(state.optimiser)
+        self.rate.restore(state.rate)
+        if state.scaler:
+            self.scaler.load_state_dict(state.scaler)
+        restore_random_states(state.randomness)
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

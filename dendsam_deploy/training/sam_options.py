@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from dendsam_deploy.errors import InvalidArgumentError
 from dendsam_deploy.models.architectures import MODEL_TYPES, ModelType
@@ -12,10 +13,90 @@ from dendsam_deploy.training.options import DataOptions
 if TYPE_CHECKING:
     from pathlib import Path
 
+ProtocolName = Literal["boxes", "published"]
+RateName = Literal["cosine", "plateau"]
+TrainedParts = Literal["whole", "decoder", "lora"]
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+PresetName = Literal["auto", "large", "medium", "small", "smallest"]
+
+PROTOCOL_NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
+RATE_NAMES: tuple[RateName, ...] = get_args(RateName)
+TRAINED_PARTS: tuple[TrainedParts, ...] = get_args(TrainedParts)
+PRECISION_NAMES: tuple[PrecisionName, ...] = get_args(PrecisionName)
+PRESET_NAMES: tuple[PresetName, ...] = get_args(PresetName)
+
+
+@dataclass(frozen=True, slots=True)
+class ProtocolDefaults:
+    """What a protocol chooses where nothing else is asked for.
+
+    Parameters
+    ----------
+    summary : str
+        The protocol in a few words.
+    objects_per_tile : int
+        Most objects prompted on each tile.
+    box_jitter : (float, float)
+        Error of prompted boxes, as fractions of their sides.
+    exact_fraction : float
+        Part of the boxes that stay exact.
+    rate : str
+        How the learning rate falls.
+    clip_norm : float
+        Largest norm of a gradient.
+    average_decay : float
+        Weight of the past in the moving average of the weights; 0 keeps the weights of the last step.
+    weight_decay, second_moment : float
+        Of AdamW, the latter its second beta.
+    """
+
+    summary: str
+    objects_per_tile: int
+    box_jitter: tuple[float, float]
+    exact_fraction: float
+    rate: RateName
+    clip_norm: float
+    average_decay: float
+    weight_decay: float
+    second_moment: float
+
+
+PROTOCOLS: dict[ProtocolName, ProtocolDefaults] = {
+    "boxes": ProtocolDefaults(
+        summary="one box or point per object, through the deployed decoder",
+        objects_per_tile=16,
+        box_jitter=(0.05, 0.15),
+        exact_fraction=0.3,
+        rate="cosine",
+        clip_norm=1.0,
+        average_decay=0.998,
+        weight_decay=0.05,
+        second_moment=0.98,
+    ),
+    "published": ProtocolDefaults(
+        summary="interactive, as DendriteSAM: points and boxes in turn, then points where the mask is wrong",
+        objects_per_tile=25,
+        box_jitter=(0.025, 0.025),
+        exact_fraction=0.0,
+        rate="plateau",
+        clip_norm=math.inf,
+        average_decay=0.0,
+        weight_decay=0.01,
+        second_moment=0.999,
+    ),
+}
+"""The two ways to train. ``boxes`` is this program's own, meant for deployment behind a detector.
+
+References
+----------
+Of ``published``: github.com/ZE-WEN/DendriteSAM, training/; micro_sam/training at
+github.com/computational-cell-analytics/micro-sam (8 answers, mask prompt at .5, ReduceLROnPlateau(.9, 3), AdamW).
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class SamTrainingOptions:
-    """Choices of a training run; the schedule ends at whichever of `minutes` and `steps` comes first.
+    """Choices of a training run; the schedule ends at whichever of `minutes`, `steps` and `patience` comes first.
 
     Parameters
     ----------
@@ -23,18 +104,47 @@ class SamTrainingOptions:
         Time to train, without the last judgement.
     steps : int or None
         Number of optimiser steps. With `minutes` None the result depends on the seed alone, not on the machine's speed.
+    patience : int or None
+        Stop after so many judgements in a row without a better one. None: never.
+    protocol : str
+        One of `PROTOCOLS`, which has the defaults of what is None below.
+    preset : str
+        How much memory a step may take: ``auto`` plans it, see `plan`; the others are its rungs.
     tiles_per_step : int or None
-        Tiles encoded in a step. None: one on the CPU, whose caches hold no more; on a GPU what its memory allows.
-    objects_per_tile : int
+        Tiles encoded together. None: as planned.
+    accumulate : int or None
+        Such batches of tiles for each optimiser step. None: as planned.
+    objects_per_tile : int or None
         Most objects prompted on each tile.
+    precision : str or None
+        Precision of the large products. None: bf16 or, where the GPU does not know it, fp16; on the CPU fp32.
+    checkpointing : bool or None
+        Compute the encoder's blocks a second time in place of keeping what they computed. None: as planned.
+    train : str
+        ``whole``; ``decoder`` with the image encoder as it is; ``lora``: the same and adapters of low rank in the
+        encoder's attention and MLP, which the checkpoint holds merged into its weights.
+    lora_rank : int
+        Rank of these.
     learning_rate : float or None
-        Peak rate of AdamW. None: 1e-5 as published for the official architectures, 4e-4 for ``tiny``.
-    box_jitter : (float, float)
+        Peak rate of AdamW. None: 1e-5 as published for the official architectures, 1e-4 for their adapters, 4e-4 for
+        ``tiny``.
+    rate : str or None
+        ``cosine``: warm-up, then a fall to 2 % at the end of the schedule. ``plateau``: times .9 after more than three
+        judgements without a better one.
+    clip_norm : float or None
+        Largest norm of a gradient; longer ones are shortened. Infinite: never.
+    box_jitter : (float, float) or None
         Error of prompted boxes, as fractions of their sides.
-    exact_fraction : float
+    exact_fraction : float or None
         Part of the boxes that stay exact.
     point_fraction : float
-        Part of the steps that prompt with one point instead of a box.
+        Part of the batches of ``boxes`` that prompt with one point instead; ``published`` alternates.
+    rounds : int
+        Answers of each object in a step of ``published``.
+    mask_fraction : float
+        How often such an answer is given the one before as mask prompt.
+    min_object_px : float
+        Least area of an object, slice px.
     judge_minutes : float
         Time between judgements on the held-out slices, where there are `minutes`.
     judge_steps : int or None
@@ -45,34 +155,72 @@ class SamTrainingOptions:
         Source of every random choice.
     device : str
         ``cpu`` or ``cuda[:N]``.
+    devices : int
+        GPUs, or on the CPU processes, that share the work; each learns from batches of its own.
     """
 
     minutes: float | None = 30.0
     steps: int | None = None
+    patience: int | None = None
+    protocol: ProtocolName = "boxes"
+    preset: PresetName = "auto"
     tiles_per_step: int | None = None
-    objects_per_tile: int = 16
+    accumulate: int | None = None
+    objects_per_tile: int | None = None
+    precision: PrecisionName | None = None
+    checkpointing: bool | None = None
+    train: TrainedParts = "whole"
+    lora_rank: int = 4
     learning_rate: float | None = None
-    box_jitter: tuple[float, float] = (0.05, 0.15)
-    exact_fraction: float = 0.3
+    rate: RateName | None = None
+    clip_norm: float | None = None
+    box_jitter: tuple[float, float] | None = None
+    exact_fraction: float | None = None
     point_fraction: float = 0.1
+    rounds: int = 8
+    mask_fraction: float = 0.5
+    min_object_px: float = 25.0
     judge_minutes: float = 3.0
     judge_steps: int | None = None
     judge_slices: int = 6
     seed: int = 0
     device: str = "cpu"
+    devices: int = 1
 
     def __post_init__(self) -> None:
         if self.minutes is None and self.steps is None:
             raise InvalidArgumentError("training needs an end: give minutes, steps or both")
-        lengths = ("minutes", "steps", "tiles_per_step", "objects_per_tile", "judge_steps", "judge_slices")
-        for name in (*lengths, "learning_rate"):
+        self._check_choices()
+        self._check_numbers()
+
+    def _check_choices(self) -> None:
+        choices = {
+            "protocol": PROTOCOL_NAMES,
+            "preset": PRESET_NAMES,
+            "train": TRAINED_PARTS,
+            "rate": (None, *RATE_NAMES),
+            "precision": (None, *PRECISION_NAMES),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                words = ", ".join(word for word in known if word is not None)
+                raise InvalidArgumentError(f"{name} of a training is {getattr(self, name)!r}; choose one of {words}")
+
+    def _check_numbers(self) -> None:
+        counts = ("steps", "patience", "tiles_per_step", "accumulate", "objects_per_tile", "lora_rank", "rounds")
+        for name in (*counts, "judge_steps", "judge_slices", "devices", "minutes", "learning_rate", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InvalidArgumentError(f"{name} of a training is {value}, expected more than 0")
-        for name in ("exact_fraction", "point_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InvalidArgumentError(f"{name} of a training is {getattr(self, name)}, expected 0 to 1")
-        if not 0 <= self.box_jitter[0] <= self.box_jitter[1] < 0.5:
+        for name in ("exact_fraction", "point_fraction", "mask_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise InvalidArgumentError(f"{name} of a training is {value}, expected 0 to 1")
+        if not 0 <= self.min_object_px < math.inf:
+            raise InvalidArgumentError(f"the least object is {self.min_object_px} px, expected 0 or more")
+        if self.seed < 0:
+            raise InvalidArgumentError(f"the seed of a training is {self.seed}, expected 0 or more")
+        if self.box_jitter is not None and not 0 <= self.box_jitter[0] <= self.box_jitter[1] < 0.5:
             raise InvalidArgumentError(f"the box jitter is {self.box_jitter}, expected two ascending numbers below 0.5")
 
 

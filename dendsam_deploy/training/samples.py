@@ -240,26 +240,6 @@ def boxes_by_region(boxes_xyxy: NDArray[np.float32], grid: int) -> list[tuple[in
     return [(size, np.nonzero(chosen == size)[0]) for size in sizes if (chosen == size).any()]
 
 
-def random_points(
-    objects: NDArray[np.int32], numbers: NDArray[np.int64], boxes_xyxy: NDArray[np.float32], rng: np.random.Generator
-) -> NDArray[np.float32]:
-    """Draw one pixel ``(x, y)`` of each object, ``(N, 2)``; half of them where the object is thickest.
-
-    A pixel is named by its index, as in SAM's point prompts, which add the half pixel to its centre themselves.
-    """
-    points = np.zeros((len(numbers), 2), np.float32)
-    for row, (number, box) in enumerate(zip(numbers, boxes_xyxy.astype(int), strict=True)):
-        x0, y0, x1, y1 = box
-        inside = objects[y0:y1, x0:x1] == number
-        if rng.random() < 0.5:
-            depth = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
-            y, x = np.unravel_index(int(depth.argmax()), depth.shape)
-        else:
-            y, x = np.argwhere(inside)[rng.integers(inside.sum())]
-        points[row] = x0 + x, y0 + y
-    return points
-
-
 def coverage(objects: NDArray[np.int32], number: int, origin_yx: NDArray[np.int64], side: int) -> NDArray[np.float32]:
     """Return which part of each mask cell of a region an object covers.
 

@@ -15,7 +15,7 @@ from spy_volume import SpyVolume
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError, VolumeError
 from dendsam_deploy.models.sam import build_sam, initialise
 from dendsam_deploy.training import batches
-from dendsam_deploy.training.batches import draw_batch
+from dendsam_deploy.training.batches import BatchRecipe, draw_batch
 from dendsam_deploy.training.sam import SamTrainer
 from dendsam_deploy.training.sam_options import SamTrainingOptions
 from dendsam_deploy.training.samples import LabelledVolume, TileRecipe
@@ -182,7 +182,7 @@ class TestResume:
         trainer_of(start).run(checkpoint=recorder.keep)
         torch.save(list(recorder.states[-1]), tmp_path / "state.pt")
         loaded = torch.load(tmp_path / "state.pt", weights_only=True)
-        assert equal(loaded[2], recorder.states[-1].model)
+        assert equal(loaded[3], recorder.states[-1].model)
 
 
 class TestChoice:
@@ -230,15 +230,16 @@ class TestData:
         for labels, weight in ((small, 1.0), (large, 3.0)):
             volume = LabelledVolume(ArrayVolume(labels.astype(np.uint8)), ArrayVolume(labels), range(2))
             sources.append(TrainingSource(volume, volume, recipe, weight))
-        drawn = [draw_batch(sources, SHORT, np.random.default_rng(seed)).boxes_xyxy[0] for seed in range(200)]
+        drawn = [
+            draw_batch(sources, BatchRecipe(), np.random.default_rng(seed), use_points=False).boxes_xyxy[0]
+            for seed in range(200)
+        ]
         part = np.mean([box[2] - box[0] > 30 for box in drawn])
         assert 0.65 < part < 0.85
 
     def test_a_batch_names_the_objects_of_its_tiles(self):
-        options = dataclasses.replace(
-            SHORT, tiles_per_step=3, objects_per_tile=2, exact_fraction=1.0, point_fraction=0.0
-        )
-        batch = draw_batch([source_of()], options, np.random.default_rng(0))
+        recipe = BatchRecipe(tiles=3, objects_per_tile=2, exact_fraction=1.0)
+        batch = draw_batch([source_of()], recipe, np.random.default_rng(0), use_points=False)
         assert len(batch.tiles) == 3
         assert (np.bincount(batch.tile_index) <= 2).all()
         np.testing.assert_array_equal(batch.prompts, batch.boxes_xyxy)

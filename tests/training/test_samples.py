@@ -13,6 +13,7 @@ from dendsam_deploy.errors import InvalidArgumentError, VolumeError
 from dendsam_deploy.geometry import default_overlap_px
 from dendsam_deploy.pipeline.prepare import plan_tiles, prepare_slice
 from dendsam_deploy.training.augment import flip_and_turn, vary_intensity
+from dendsam_deploy.training.prompts import random_points
 from dendsam_deploy.training.samples import (
     LabelledSlice,
     LabelledVolume,
@@ -23,7 +24,6 @@ from dendsam_deploy.training.samples import (
     dense_targets,
     deployed_tiles,
     jittered_boxes,
-    random_points,
     random_tile,
     tile_objects,
 )
