@@ -6,16 +6,15 @@ YOLOv8, YOLO11, YOLO26: github.com/ultralytics/ultralytics (AGPL-3.0; so are mod
 from __future__ import annotations
 
 import atexit
+import builtins
 import copy
 import dataclasses
-import importlib
 import logging
 import os
-import pickle
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +22,13 @@ import torch
 from torch import nn
 
 from dendsam_deploy.errors import CheckpointError, UnsafeFileError
-from dendsam_deploy.models.pickled_names import pickled_names
+from dendsam_deploy.models.detector_file import COCO_IMAGE_SIZE_PX, DetectorRecord, read_detector_file
 from dendsam_deploy.models.weights import save_with_torch, sha256_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+
+    from dendsam_deploy.models.detector_file import DetectorFile
 
 # ultralytics reads these once, when it is imported. It would otherwise install packages, look for updates, report its
 # use, and keep settings (which decide about reporting) in the user's home.
@@ -44,49 +45,34 @@ _OMP_NUM_THREADS = os.environ.get("OMP_NUM_THREADS")
 import ultralytics  # noqa: E402 - after the environment that it reads
 from ultralytics.nn import tasks  # noqa: E402
 from ultralytics.nn.modules import OBB, Detect  # noqa: E402
-from ultralytics.utils import IterableSimpleNamespace  # noqa: E402
 
 if _OMP_NUM_THREADS is None:
     os.environ.pop("OMP_NUM_THREADS", None)  # ultralytics sets it to 1, for every process started from here as well
 logging.getLogger("ultralytics").setLevel(logging.CRITICAL)  # it logs to stdout, which belongs to results
 
+__all__ = [
+    "COCO_IMAGE_SIZE_PX",
+    "RECORD_KEY",
+    "DetectorRecord",
+    "YoloDetector",
+    "check_description",
+    "load_detector",
+    "new_trainer",
+    "save_detector",
+]
+
 RECORD_KEY = "dendsam"
-COCO_IMAGE_SIZE_PX = 640
 
-_TENSOR_NAMES = re.compile(
-    r"torch\.(\w+Storage|Size|device|(b?float|u?int|complex)\d*\w*|double|half|long|bool)"
-    r"|torch\._utils\._rebuild_\w+|torch\.nn\.parameter\.Parameter|collections\.OrderedDict|builtins\.set|_codecs\.encode"
+# What building a network from an odd description, or fitting other weights into it, raises.
+_BUILDING_ERRORS = (
+    *(KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, AssertionError, NameError),
+    *(ArithmeticError, MemoryError, SyntaxError),
 )
-_MODULE_CLASSES = re.compile(r"(torch\.nn\.modules|ultralytics\.nn\.modules)(\.\w+)*|ultralytics\.nn\.tasks")
-_LOSS_CLASSES = re.compile(r"ultralytics\.utils\.(loss|tal)")
-_NAMESPACE = re.compile(r"ultralytics\.(yolo\.)?utils\.IterableSimpleNamespace")
-_PATH_CLASSES = re.compile(r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path")
+
 _YAML_NAME = re.compile(r"yolo(v8|11|26)([nsmlx])(-p2|-p6)?\.yaml")
-
-
-@dataclass(frozen=True, slots=True)
-class DetectorRecord:
-    """How a detector of ours came about.
-
-    Parameters
-    ----------
-    tile_size_px : int
-        Side of the tiles that it was trained on.
-    model_pixel_size_nm : float or None
-        Size of a tile pixel in training, where the training volume recorded its voxel size.
-    zoom : float or None
-        Tile px per slice px of the training volume.
-    score_threshold : float or None
-        Least score at which precision and recall balanced best on held-out tiles.
-    summary : dict
-        Plain values about the training: data, slices used and held out, scores, statistics of the boxes.
-    """
-
-    tile_size_px: int
-    model_pixel_size_nm: float | None = None
-    zoom: float | None = None
-    score_threshold: float | None = None
-    summary: dict[str, Any] = field(default_factory=dict)
+_BUILDERS = ("DetectionModel", "SegmentationModel", "PoseModel")
+_LARGEST_NUMBER = 1 << 16
+"""Of channels and the like in a description; larger ones would only exhaust the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,55 +123,45 @@ def load_detector(path: Path, seed: int = 0) -> YoloDetector:
     """
     if path.suffix in (".yaml", ".yml"):
         return _random_detector(path, seed)
-    content = read_checkpoint(path)
-    network = content.get("ema") or content.get("model")
-    if not isinstance(network, tasks.DetectionModel):
-        kind = (
-            f"a {type(network).__name__}" if network is not None else "tensors without a network, such as SAM weights"
-        )
-        raise CheckpointError(f"{path}: holds {kind}, expected an Ultralytics detector (DetectionModel)")
-    _check_head(network, path)
-    arguments = content.get("train_args")
-    trained_px = arguments.get("imgsz", COCO_IMAGE_SIZE_PX) if isinstance(arguments, dict) else COCO_IMAGE_SIZE_PX
+    file = read_detector_file(path)
     return YoloDetector(
-        network=_ready(network),
-        architecture=_architecture(network),
-        image_size_px=int(max(trained_px) if isinstance(trained_px, list | tuple) else trained_px),
-        class_names=_class_names(network),
-        record=_record(content.get(RECORD_KEY), path),
+        network=_ready(_rebuilt(file, path)),
+        architecture=file.architecture,
+        image_size_px=file.image_size_px,
+        class_names=file.class_names,
+        record=file.record,
         sha256=sha256_of(path),
     )
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Unpickle a checkpoint that may name tensors and layers of networks, and nothing else.
-
-    Two gates, one behind the other: the names in the pickle are compared with what belongs to a network before it is
-    opened, and torch's restricted unpickler then knows no other names. Layers are rebuilt without calling their
-    constructors, because a YOLO constructor evaluates strings of its description.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is missing, damaged or not a checkpoint.
-    UnsafeFileError
-        If it names anything else.
-    """
-    shells = {name: shell for name in sorted(pickled_names(path)) if (shell := _stand_in(name, path)) is not None}
+def _rebuilt(file: DetectorFile, path: Path) -> nn.Module:
+    """Build the network that a file describes, and give it the file's weights."""
+    head = getattr(ultralytics.nn.modules, file.head, None)
+    if not (isinstance(head, type) and issubclass(head, Detect)) or issubclass(head, OBB):
+        raise CheckpointError(
+            f"{path}: its head is {file.head or 'missing'}, expected one that predicts upright boxes (Detect)"
+        )
+    if file.model_class not in _BUILDERS:
+        raise CheckpointError(f"{path}: holds a {file.model_class}, expected one of {', '.join(_BUILDERS)}")
+    check_description(file.description, path)
+    state = {key: torch.from_numpy(array) for key, array in file.tensors.items()}
     try:
-        with torch.serialization.safe_globals([(shell, name) for name, shell in shells.items()]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a readable Ultralytics checkpoint ({reason}); save it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an Ultralytics checkpoint")
-    for entry in content.values():
-        if isinstance(entry, nn.Module):
-            for module in entry.modules():
-                if type(module) in shells.values():
-                    module.__class__ = type(module).__mro__[1]
-    return content
+        network: nn.Module = _new_network(dict(file.description), file.model_class)
+        if not any(key.endswith(".bn.weight") for key in state):
+            _fuse(network)
+        network.load_state_dict(state)
+    except _BUILDING_ERRORS as error:
+        raise CheckpointError(
+            f"{path}: its weights do not fit its description ({_first_line(error)}); was it pruned or edited? "
+            "Give it in ONNX instead"
+        ) from error
+    layers = dict(network.named_modules())
+    for name in file.fused:
+        if hasattr(layers.get(name), "forward_fuse"):
+            layers[name].forward = layers[name].forward_fuse
+    known: Any = network  # ultralytics keeps these at its networks
+    known.names, known.args = dict(enumerate(file.class_names)), dict(file.train_args)
+    return network
 
 
 def save_detector(path: Path, trained: nn.Module, record: DetectorRecord) -> None:
@@ -229,7 +205,7 @@ def _random_detector(path: Path, seed: int) -> YoloDetector:
         torch.manual_seed(seed)
         try:
             network = _new_network(description)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        except _BUILDING_ERRORS as error:
             raise CheckpointError(f"{path}: describes no network that can be built ({error!r})") from error
     _check_head(network, path)
     return YoloDetector(_ready(network), path.stem, COCO_IMAGE_SIZE_PX, _class_names(network), None, "")
@@ -274,72 +250,29 @@ def check_description(description: Mapping[str, Any], path: Path) -> None:
     activation = str(description.get("activation") or "nn.SiLU()")
     if re.fullmatch(r"(torch\.)?nn\.\w+\([\w\s=.,-]*\)", activation) is None:
         raise UnsafeFileError(f"{path}: its activation {activation!r} is no layer of torch.nn; refused")
+    if any(number > _LARGEST_NUMBER for number in _numbers(description)):
+        raise CheckpointError(
+            f"{path}: describes a network that no memory holds; expected numbers up to {_LARGEST_NUMBER}"
+        )
     for name in names:
         layer = getattr(nn, name.removeprefix("nn."), None) if name.startswith("nn.") else getattr(tasks, name, None)
+        if layer is None and name.isidentifier() and name not in dir(builtins):
+            raise CheckpointError(
+                f"{path}: needs the layer {name}, which ultralytics {ultralytics.__version__} lacks; update ultralytics"
+            )
         if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
             raise UnsafeFileError(f"{path}: {name!r} is no layer of torch or ultralytics; refused")
 
 
-def _stand_in(name: str, path: Path) -> Callable[..., object] | None:
-    """Return what a pickled name is resolved to; None where torch itself knows it as harmless.
-
-    Raises
-    ------
-    UnsafeFileError
-        If the name does not belong to a network.
-    """
-    module_name, _, attribute = name.rpartition(".")
-    if _TENSOR_NAMES.fullmatch(name):
-        return None
-    if name == "builtins.getattr":
-        return _forward_of
-    if _PATH_CLASSES.fullmatch(name):
-        return _joined
-    if _NAMESPACE.fullmatch(name):
-        return IterableSimpleNamespace  # holds the arguments of a training; its constructor only stores them
-    # Names of v8.0, before the package was rearranged.
-    module_name = module_name.replace("ultralytics.yolo.utils", "ultralytics.utils")
-    if _MODULE_CLASSES.fullmatch(module_name) or _LOSS_CLASSES.fullmatch(module_name):
-        try:
-            original = getattr(importlib.import_module(module_name), attribute, None)
-        except ImportError:
-            original = None
-        if original is None:
-            raise CheckpointError(
-                f"{path}: needs {name}, which ultralytics {ultralytics.__version__} lacks; update ultralytics"
-            )
-        is_loss = getattr(original, "__module__", "") == module_name and _LOSS_CLASSES.fullmatch(module_name)
-        if isinstance(original, type) and (issubclass(original, nn.Module) or is_loss):
-            return _shell(original)
-    raise UnsafeFileError(
-        f"{path}: would look up {name}, which is no part of a network; refused because opening it could run code"
-    )
-
-
-def _shell(original: type[Any]) -> type[Any]:
-    """Return a subclass that can be rebuilt from its state but not constructed."""
-
-    def refuse(self: object, *arguments: object) -> None:
-        raise UnsafeFileError(
-            f"the checkpoint would construct {original.__name__}; refused because that could run code"
-        )
-
-    return type(original.__name__, (original,), {"__init__": refuse, "__module__": original.__module__})
-
-
-def _forward_of(owner: object, name: str) -> object:
-    """Stand in for ``getattr``: checkpoints saved after inference refer to the forward method of a layer."""
-    is_layer = isinstance(owner, nn.Module) or (isinstance(owner, type) and issubclass(owner, nn.Module))
-    if not is_layer or name not in ("forward", "forward_fuse"):
-        raise UnsafeFileError(
-            f"the checkpoint would look up {name!r} of {owner!r:.60}; refused because that could run code"
-        )
-    return getattr(owner, name)
-
-
-def _joined(*parts: str) -> str:
-    """Stand in for a path class: nothing here opens files by paths of a checkpoint."""
-    return "/".join(str(part) for part in parts)
+def _numbers(value: object) -> Iterator[float]:
+    """Walk the numbers of a description."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def _ready(network: nn.Module) -> nn.Module:
@@ -350,10 +283,15 @@ def _ready(network: nn.Module) -> nn.Module:
     return network.float().eval().requires_grad_(False)
 
 
-def _new_network(description: dict[str, Any]) -> nn.Module:
+def _fuse(network: Any) -> None:  # noqa: ANN401 - an untyped method of ultralytics
+    """Merge the normalisation behind every convolution into its weights, as ultralytics does for inference."""
+    network.fuse(verbose=False)
+
+
+def _new_network(description: dict[str, Any], model_class: str = "DetectionModel") -> Any:  # noqa: ANN401 - untyped
     """Build a network with random weights."""
-    build: Callable[..., nn.Module] = tasks.DetectionModel
-    return build(description, verbose=False)
+    build: Callable[..., Any] = getattr(tasks, model_class)
+    return build(copy.deepcopy(description), verbose=False)
 
 
 def _check_head(network: nn.Module, path: Path) -> None:
@@ -365,25 +303,13 @@ def _check_head(network: nn.Module, path: Path) -> None:
         )
 
 
-def _architecture(network: nn.Module) -> str:
-    """Name a network's architecture as ultralytics does, or by its class."""
-    description = getattr(network, "yaml", None)
-    recorded = description.get("yaml_file") if isinstance(description, dict) else None
-    file = recorded or getattr(network, "yaml_file", None)
-    return Path(str(file)).stem if file else type(network).__name__
-
-
 def _class_names(network: nn.Module) -> tuple[str, ...]:
     """Return the names of a network's classes."""
     names = getattr(network, "names", {})
     return tuple(str(name) for name in (names.values() if isinstance(names, dict) else names))
 
 
-def _record(raw: object, path: Path) -> DetectorRecord | None:
-    """Read our own record of a checkpoint's training, if it has one."""
-    if raw is None:
-        return None
-    known = {entry.name for entry in dataclasses.fields(DetectorRecord)}
-    if not isinstance(raw, dict) or raw.keys() - known or "tile_size_px" not in raw:
-        raise CheckpointError(f"{path}: written by another version of dendsam-deploy; its record cannot be read")
-    return DetectorRecord(**raw)
+def _first_line(error: BaseException) -> str:
+    """Return the most telling line of a message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[min(1, len(lines) - 1)][:160]

@@ -1,40 +1,49 @@
-"""Which importable names a torch checkpoint refers to, read without unpickling anything.
+"""Which importable names a torch checkpoint refers to, and which of them no checkpoint needs.
 
-A pickle is a program: it imports names and calls them. Its opcodes can be listed without being executed.
+Reading a checkpoint here looks up none of them. A file that names what could do harm elsewhere is refused all the same:
+it was made to be opened by somebody.
 """
 
 from __future__ import annotations
 
-import pickletools
 import sys
-import zipfile
 from typing import TYPE_CHECKING
 
-from dendsam_deploy.errors import CheckpointError
+from dendsam_deploy.errors import UnsafeFileError
+from dendsam_deploy.models.tensor_file import open_tensor_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-_LARGEST_PICKLE_BYTES = 256 << 20
-_STRING_OPCODES = frozenset(
-    {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
-)
-# Python 3 writes the old module name where it uses the protocol that torch uses.
-_OLD_BUILTINS = "__builtin__."
-
 # Of the standard library, what trainings leave in checkpoints and what only holds values.
 _HARMLESS = frozenset(
     {
         *(f"builtins.{name}" for name in ("set", "frozenset", "list", "dict", "tuple", "slice", "range", "object")),
-        *(f"builtins.{name}" for name in ("int", "float", "complex", "bool", "str", "bytes", "bytearray")),
+        *(f"builtins.{name}" for name in ("int", "float", "complex", "bool", "str", "bytes", "bytearray", "iter")),
+        "builtins.getattr",  # of an object that is itself harmless: what it looks up is a name of its own
         *(f"collections.{name}" for name in ("OrderedDict", "defaultdict", "Counter", "deque")),
         *(f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+        *(f"pathlib._local.{name}" for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
         *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
+        *(f"itertools.{name}" for name in ("chain", "count", "cycle", "repeat")),
         *("argparse.Namespace", "copyreg._reconstructor", "_codecs.encode", "decimal.Decimal", "fractions.Fraction"),
+        *("functools.partial", "logging.getLogger", "random.Random", "re._compile", "types.SimpleNamespace"),
+        *("uuid.UUID", "time.struct_time"),
     }
 )
-_SYSTEM_MODULES = frozenset({"posix", "nt"})  # each is in the standard library's list of its own system only
+_SYSTEM_MODULES = frozenset({"posix", "nt", "commands"})  # each is in the list of its own system or version only
+
+# Of other packages, what opens files of code, fetches, installs or runs.
+_RUNS_CODE = (
+    *("torch.load", "torch.hub", "torch.jit", "torch.package", "torch.serialization", "torch.classes", "torch.ops"),
+    *("torch.utils.cpp_extension", "torch.utils.collect_env", "torch.multiprocessing", "torch.distributed.rpc"),
+    *("torch._inductor", "torch._dynamo", "torch.storage._load_from_bytes", "torch.utils.model_zoo"),
+    *("numpy.load", "numpy.testing", "numpy.f2py", "numpy.distutils", "numpy.ctypeslib", "numpy.memmap", "scipy.io"),
+    *("pip", "setuptools", "pkg_resources", "_distutils_hack", "requests", "urllib3", "httpx", "aiohttp", "paramiko"),
+    *("dill", "cloudpickle", "joblib", "jsonpickle", "yaml", "pandas.read_pickle", "pandas.eval", "pandas.io", "cffi"),
+    *("IPython", "ipykernel", "jupyter_client", "numexpr", "sympy", "pexpect", "sh", "plumbum", "fabric", "invoke"),
+)
 
 
 def pickled_names(path: Path) -> frozenset[str]:
@@ -43,74 +52,50 @@ def pickled_names(path: Path) -> frozenset[str]:
     Parameters
     ----------
     path : Path
-        A file of ``torch.save`` (a zip archive with ``data.pkl`` in it), or a bare pickle.
+        A file of ``torch.save``, in its present or its older format, or a bare pickle.
 
     Returns
     -------
     frozenset of str
-        A name that is put together while unpickling, or comes from the extension registry, cannot be known; it
-        appears as ``module.name`` of the nearest strings, or as the opcode.
+        Modules and names of Python 2 under their present names. What the pickle would take from the extension registry
+        appears as ``copyreg.extension_CODE``, what it would look up in another object as ``module.name.attribute``.
 
     Raises
     ------
     CheckpointError
         If the file is missing, empty, cut off or no pickle at all.
     """
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "no such file"
-        raise CheckpointError(f"{path}: {found}; give the path of a checkpoint (.pt)")
-    program = _pickle_bytes(path)
-    names: set[str] = set()
-    strings = ["?", "?"]
-    try:
-        for opcode, argument, _ in pickletools.genops(program):
-            if opcode.name in _STRING_OPCODES:
-                strings.append(str(argument))
-            elif opcode.name in ("GLOBAL", "INST"):
-                names.add(str(argument).replace(" ", ".", 1))
-            elif opcode.name == "STACK_GLOBAL":
-                names.add(f"{strings[-2]}.{strings[-1]}")
-            elif opcode.name.startswith("EXT"):
-                names.add(opcode.name)
-    except (ValueError, IndexError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not a torch checkpoint ({_first_line(error)}); give a .pt file") from error
-    return frozenset(
-        f"builtins.{name.removeprefix(_OLD_BUILTINS)}" if name.startswith(_OLD_BUILTINS) else name for name in names
-    )
+    with open_tensor_file(path) as file:
+        return file.pickled.names
 
 
 def dangerous_names(names: Iterable[str]) -> list[str]:
     """Return those names that can do harm when they are called: the standard library's, but for plain values.
 
-    Names of other packages are no proof of ill will: trainings leave objects of their own in checkpoints.
+    Names of other packages are no proof of ill will, but for some that exist to run or fetch code: trainings leave
+    objects of their own in checkpoints.
     """
     modules = sys.stdlib_module_names | _SYSTEM_MODULES
-    return sorted(name for name in names if name.partition(".")[0] in modules and name not in _HARMLESS)
+    found = []
+    for name in names:
+        is_foreign_code = any(name == known or name.startswith(f"{known}.") for known in _RUNS_CODE)
+        is_standard = name.partition(".")[0] in modules and name not in _HARMLESS
+        is_internal = any(part.startswith("__") and part != "__main__" for part in name.split("."))
+        if is_foreign_code or is_standard or is_internal:
+            found.append(name)
+    return sorted(found)
 
 
-def _pickle_bytes(path: Path) -> bytes:
-    """Return the pickle of a checkpoint, checked for size before it is read."""
-    size = path.stat().st_size
-    if size == 0:
-        raise CheckpointError(f"{path}: the file is empty; download or copy it again")
-    with path.open("rb") as file:
-        starts_like_zip = file.read(4) == b"PK\x03\x04"
-    if not starts_like_zip:
-        if size > _LARGEST_PICKLE_BYTES:
-            raise CheckpointError(f"{path}: not a torch checkpoint (no zip archive); give a .pt file")
-        return path.read_bytes()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [member for member in archive.infolist() if member.filename.endswith("data.pkl")]
-            if len(members) != 1 or members[0].file_size > _LARGEST_PICKLE_BYTES:
-                raise CheckpointError(f"{path}: a zip archive without one data.pkl of sane size; give a .pt file")
-            return archive.read(members[0])
-    # A damaged archive fails in any of these ways, depending on where the damage lies.
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: the checkpoint is cut off or damaged ({size:,} bytes); download or copy it again"
-        ) from error
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """Refuse a checkpoint that names what no weights need.
 
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+    Raises
+    ------
+    UnsafeFileError
+        With the first of these names.
+    """
+    if dangerous := dangerous_names(names):
+        raise UnsafeFileError(
+            f"{path}: loading it would call {', '.join(dangerous[:2])}, which no weights need; "
+            "it was not loaded: do not trust where it comes from"
+        )

@@ -1,28 +1,37 @@
-"""Reads and writes SAM checkpoints: tensors and plain values only, never code.
+"""Builds the SAM that a checkpoint holds, and writes checkpoints: tensors and plain values only, never code.
 
-Two kinds are read: a plain SAM state dict (``image_encoder.*``, ``prompt_encoder.*``, ``mask_decoder.*``), as published
-for SAM, MobileSAM and DendriteSAM, and this program's own file, ``{"model_state": state dict, "dendsam": record}``,
-which also knows how it was trained.
+Every kind of `models.checkpoint_kinds` is read, with low-rank adapters merged. What is written is this program's own
+file, ``{"model_state": state dict, "dendsam": record}``, which also knows how it was trained.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import pickle
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 from dendsam_deploy.durable import make_folder, published
-from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, StorageError, UnsafeFileError
-from dendsam_deploy.models.architectures import ENCODER_SHAPES, MODEL_TYPES, ModelType, default_image_size
-from dendsam_deploy.models.pickled_names import dangerous_names, pickled_names
+from dendsam_deploy.errors import CheckpointError, InvalidArgumentError, StorageError
+from dendsam_deploy.models.adapters import AdapterFacts, is_adapter, merge_adapters, plain_name
+from dendsam_deploy.models.checkpoint_kinds import (
+    NORMALISATION,
+    RECORD_KEY,
+    STATE_KEY,
+    Layout,
+    SamFile,
+    architecture,
+    open_sam_file,
+)
+from dendsam_deploy.models.pickled_names import check_names, pickled_names
 from dendsam_deploy.models.sam import build_sam
+from dendsam_deploy.models.training_record import TrainingRecord, checked_record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,94 +40,95 @@ if TYPE_CHECKING:
     from segment_anything.modeling import Sam
     from torch import Tensor
 
-RECORD_KEY = "dendsam"
-STATE_KEY = "model_state"
-PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
+    from dendsam_deploy.models.tensor_file import TensorFile
+
+__all__ = [
+    "RECORD_KEY",
+    "STATE_KEY",
+    "LoadedSam",
+    "TrainingRecord",
+    "load_sam",
+    "read_tensors",
+    "save_sam",
+    "save_with_torch",
+    "sha256_of",
+    "write_tensors",
+]
+
+_LARGEST_TENSOR = 1 << 27
+"""Elements. The largest tensor of ViT-H at 4096 px, its position table, has 84 million."""
 
 # What torch's restricted unpickler lets through of a damaged or foreign file.
 _LOADING_ERRORS = (
-    RuntimeError,
-    EOFError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    MemoryError,
-    OSError,
+    *(RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError),
+    *(MemoryError, OSError, pickle.UnpicklingError),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingRecord:
-    """How a checkpoint of ours came about.
+class LoadedSam:
+    """A SAM with the weights of a checkpoint, in evaluation mode, and what the checkpoint says about itself.
 
     Parameters
     ----------
-    model_type : str
-        One of `models.architectures.MODEL_TYPES`.
-    image_size : int
-        Side of the input, px.
-    model_pixel_size_nm : float or None
-        Size of a model pixel in training, where the training volume recorded its voxel size.
-    zoom : float or None
-        Model px per slice px of the training volume.
-    summary : dict
-        Plain values about the training: data, sections used and held out, steps, scores.
+    sam : Sam
+        Adapters are merged into its weights.
+    record : TrainingRecord
+        This program's own, or what the tensors tell.
+    sha256 : str
+        Digest of the file.
+    layout : str
+        What kind of file it is, a key of `models.checkpoint_kinds.LAYOUTS`.
+    adapters : AdapterFacts or None
+        The adapters that were merged.
+    base_sha256 : str
+        Digest of the file that the prompt encoder and the mask decoder are from, where the first one has none.
     """
-
-    model_type: ModelType
-    image_size: int
-    model_pixel_size_nm: float | None = None
-    zoom: float | None = None
-    summary: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedSam:
-    """A SAM with the weights of a checkpoint, in evaluation mode, and what the checkpoint says about itself."""
 
     sam: Sam
     record: TrainingRecord
     sha256: str
+    layout: Layout = "plain"
+    adapters: AdapterFacts | None = None
+    base_sha256: str = ""
 
 
-def load_sam(path: Path, image_size: int | None = None) -> LoadedSam:
+def load_sam(path: Path, image_size: int | None = None, base: Path | None = None) -> LoadedSam:
     """Build the SAM that a checkpoint holds.
 
     Parameters
     ----------
     path : Path
-        A ``.pt`` or ``.pth`` file.
+        A ``.pt`` or ``.pth`` file of any kind in `models.checkpoint_kinds`.
     image_size : int, optional
         Side of the input for which to build the model, px. Other than the checkpoint's own, its position tables are
         interpolated.
+    base : Path, optional
+        A whole SAM of the same type, for a checkpoint that has an image encoder only: prompt encoder and mask decoder
+        are taken from it. They do not know that encoder yet, so the model is one to start a training from.
 
     Raises
     ------
     CheckpointError
-        If the file is missing, cut off, holds other objects than tensors, or is not a SAM.
+        If the file is missing, cut off, damaged, or not a SAM, or a `base` does not fit it.
     InvalidArgumentError
-        If `image_size` is impossible.
+        If `image_size` is impossible, or a `base` is given for a whole SAM.
+    UnsafeFileError
+        If the file was made to run code where it is opened carelessly.
     """
-    state, record = _state_and_record(read_tensors(path), path)
-    if record is None:
-        record = TrainingRecord(*_recognise(state, path))
-    sam = _build(record, image_size, path)
-    try:
-        problems = sam.load_state_dict(_fit_positions(state, sam), strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: tensors do not fit {record.model_type}: {_one_line(error)}") from error
-    if problems.missing_keys or problems.unexpected_keys:
-        missing, extra = problems.missing_keys, problems.unexpected_keys
-        raise CheckpointError(
-            f"{path}: not a complete {record.model_type} checkpoint: {len(missing)} tensors missing "
-            f"({', '.join(missing[:2]) or 'none'}), {len(extra)} unknown ({', '.join(extra[:2]) or 'none'})"
-        )
+    with open_sam_file(path) as (file, found):
+        record = _record(found, path)
+        sam = _build(record, image_size, path)
+        _check_completeness(found, sam, record, path)
+        bottom = _base(found, record, base, path)
+        state = _read(file, found)
+    if bottom is not None:
+        state = bottom.sam.state_dict() | state
+    sam.load_state_dict(_fit_positions(state, sam))
     _check_finite(sam, path)
     record = dataclasses.replace(record, image_size=int(sam.image_encoder.img_size))
-    return LoadedSam(sam.eval(), record, sha256_of(path))
+    base_sha256 = "" if bottom is None else bottom.sha256
+    return LoadedSam(sam.eval(), record, sha256_of(path), found.layout, found.adapters, base_sha256)
 
 
 def save_sam(path: Path, state: Mapping[str, Tensor], record: TrainingRecord) -> None:
@@ -133,45 +143,27 @@ def save_sam(path: Path, state: Mapping[str, Tensor], record: TrainingRecord) ->
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Read a checkpoint by torch's restricted unpickler: tensors and plain containers, nothing that runs.
+    """Read tensors and plain containers that `write_tensors` wrote, by torch's restricted unpickler.
 
     Raises
     ------
     CheckpointError
         If the file is missing, empty, cut off, or needs more than that.
+    UnsafeFileError
+        If the file was made to run code where it is opened carelessly.
     """
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "no such file"
-        raise CheckpointError(f"{path}: {found}; give the path of a SAM checkpoint (.pt or .pth)")
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            is_archive = file.read(4) == b"PK\x03\x04"
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    if size == 0:
-        raise CheckpointError(f"{path}: the file is empty; download or copy it again")
+    names = pickled_names(path)
+    check_names(path, names)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged files, torch warns before it fails
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        foreign = _foreign_names(path)
-        if dangerous := dangerous_names(foreign):
-            raise UnsafeFileError(
-                f"{path}: loading it would call {', '.join(dangerous[:2])}, which no weights need; "
-                "it was not loaded: do not trust where it comes from"
-            ) from error
-        if foreign:
-            raise CheckpointError(
-                f"{path}: holds Python objects besides tensors ({', '.join(foreign[:2])}), which are never loaded; "
-                "save its state dict alone"
-            ) from error
-        raise _unreadable(path, is_archive) from error
     except _LOADING_ERRORS as error:
-        raise _unreadable(path, is_archive) from error
+        raise CheckpointError(
+            f"{path}: damaged, or more than tensors and plain values ({_one_line(error):.100}); write it again"
+        ) from error
     if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a state dict of tensors")
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
     return content
 
 
@@ -210,69 +202,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unreadable(path: Path, is_archive: bool) -> CheckpointError:
-    """Return the error for a file that torch cannot read."""
-    if is_archive:
-        size = path.stat().st_size
-        return CheckpointError(f"{path}: cut off or damaged ({size:,} bytes); download or copy it again")
-    return CheckpointError(f"{path}: not a torch checkpoint; give a .pt or .pth file with a SAM state dict")
-
-
-def _foreign_names(path: Path) -> list[str]:
-    """Return the names that a checkpoint would import and that do not belong to tensors."""
-    try:
-        return sorted(name for name in pickled_names(path) if not name.startswith(("torch.", "torch_", "collections.")))
-    except CheckpointError:
-        return []
-
-
-def _state_and_record(content: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], TrainingRecord | None]:
-    """Separate the tensors from our own record, if the file has one."""
-    tensors, record = content, None
-    if RECORD_KEY in content:
-        record = _checked_record(content[RECORD_KEY], path)
-        tensors = content.get(STATE_KEY, {})
-    if isinstance(tensors, dict):
-        state = {key: value for key, value in tensors.items() if isinstance(key, str) and torch.is_tensor(value)}
-        if state:
-            return state, record
-    names = ", ".join(str(key) for key in list(content)[:3])
-    raise CheckpointError(f"{path}: holds {names}, expected the tensors {', '.join(f'{part}.*' for part in PARTS)}")
-
-
-def _checked_record(raw: object, path: Path) -> TrainingRecord:
-    """Rebuild our own record from a file."""
-    known = {entry.name for entry in dataclasses.fields(TrainingRecord)}
-    if isinstance(raw, dict) and {"model_type", "image_size"} <= raw.keys() <= known:
-        record = TrainingRecord(**raw)
-        numbers = (record.model_pixel_size_nm, record.zoom)
-        if (
-            record.model_type in MODEL_TYPES
-            and isinstance(record.image_size, int)
-            and isinstance(record.summary, dict)
-            and all(n is None or (isinstance(n, (int, float)) and math.isfinite(n) and n > 0) for n in numbers)
-        ):
-            return record
-    raise CheckpointError(f"{path}: written by another version of dendsam-deploy: its record {raw!r:.80} is unknown")
-
-
-def _recognise(state: Mapping[str, Tensor], path: Path) -> tuple[ModelType, int]:
-    """Tell the model type and image size of a plain state dict from its tensors."""
-    found = [part for part in PARTS if any(key.startswith(f"{part}.") for key in state)]
-    if len(found) < len(PARTS):
-        present = ", ".join(found) or f"{next(iter(state))} and others"
-        raise CheckpointError(f"{path}: not a SAM checkpoint: expected {', '.join(PARTS)}, found {present}")
-    patches = state.get("image_encoder.patch_embed.proj.weight")
-    if patches is None:
-        return "vit_t", default_image_size("vit_t")
-    width = patches.shape[0] if patches.ndim == 4 else 0
-    model_type = next((name for name, shape in ENCODER_SHAPES.items() if shape.width == width), None)
-    if model_type is None:
-        known = ", ".join(f"{shape.width} ({name})" for name, shape in ENCODER_SHAPES.items())
-        raise CheckpointError(f"{path}: its patch embedding is {width} wide, expected one of {known}")
-    position = state.get("image_encoder.pos_embed")
-    grid = position.shape[1] if position is not None and position.ndim == 4 else 64
-    return model_type, grid * patches.shape[-1]
+def _record(found: SamFile, path: Path) -> TrainingRecord:
+    """Return the record of a checkpoint, or what its tensors tell."""
+    if found.layout == "own":
+        return checked_record(found.record, path)
+    return TrainingRecord(*architecture(found.tensors, path))
 
 
 def _build(record: TrainingRecord, image_size: int | None, path: Path) -> Sam:
@@ -285,6 +219,73 @@ def _build(record: TrainingRecord, image_size: int | None, path: Path) -> Sam:
         raise CheckpointError(f"{path}: {error}") from error
 
 
+def _check_completeness(found: SamFile, sam: Sam, record: TrainingRecord, path: Path) -> None:
+    """Compare the names and shapes of a file with those of the model, before any of its tensors is read."""
+    needed = {key: value.shape for key, value in sam.state_dict().items()}
+    if found.layout == "unetr":
+        needed = {key: shape for key, shape in needed.items() if key.startswith("image_encoder.")}
+    present = {plain_name(key): tensor.shape for key, tensor in found.tensors.items() if not is_adapter(key)}
+    missing, extra = [key for key in needed if key not in present], [key for key in present if key not in needed]
+    if missing or extra:
+        raise CheckpointError(
+            f"{path}: not a complete {record.model_type} checkpoint: {len(missing)} tensors missing "
+            f"({', '.join(missing[:2]) or 'none'}), {len(extra)} unknown ({', '.join(extra[:2]) or 'none'})"
+        )
+    for key, shape in present.items():
+        if shape != tuple(needed[key]) and not _is_position(key, shape, tuple(needed[key])):
+            raise CheckpointError(
+                f"{path}: tensors do not fit {record.model_type}: size mismatch for {key}: found {shape}, "
+                f"expected {tuple(needed[key])}"
+            )
+    for key, tensor in found.tensors.items():
+        if tensor.size > _LARGEST_TENSOR:
+            raise CheckpointError(f"{path}: {key} has {tensor.size:,} elements, expected at most {_LARGEST_TENSOR:,}")
+
+
+def _is_position(key: str, found: tuple[int, ...], needed: tuple[int, ...]) -> bool:
+    """Tell whether a tensor is a table of positions that only belongs to another image size."""
+    is_table = key.endswith("pos_embed") and len(found) == 4
+    is_relative = key.endswith(("rel_pos_h", "rel_pos_w")) and len(found) == 2
+    return (is_table or is_relative) and found[-1] == needed[-1] and all(found)
+
+
+def _base(found: SamFile, record: TrainingRecord, base: Path | None, path: Path) -> LoadedSam | None:
+    """Load the SAM that completes an image encoder."""
+    if found.layout != "unetr":
+        if base is not None:
+            raise InvalidArgumentError(f"{path} is a whole SAM and takes nothing from {base}; leave that out")
+        return None
+    if base is None:
+        raise CheckpointError(
+            f"{path}: holds the image encoder of a UNETR ({record.model_type}), but neither SAM's prompt encoder nor "
+            "its mask decoder, so it cannot answer prompts; train it together with those of a whole SAM: "
+            "finetune sam --start THIS --start-base SAM.pth"
+        )
+    loaded = load_sam(base)
+    if loaded.record.model_type != record.model_type:
+        raise CheckpointError(
+            f"{base}: holds a {loaded.record.model_type}, but the encoder of {path} is a {record.model_type}; "
+            "give a SAM of that type"
+        )
+    return loaded
+
+
+def _read(file: TensorFile, found: SamFile) -> dict[str, Tensor]:
+    """Read the tensors, adapters merged."""
+    for key, tensor in found.normalisation.items():
+        values = file.array(tensor).ravel() if tensor.size == 3 else np.zeros(3)
+        if not np.allclose(values, NORMALISATION[key], atol=1e-2):
+            raise CheckpointError(
+                f"{file.path}: normalises images by another {key} than SAM ({values}); its graphs would differ"
+            )
+    arrays = {key: file.array(tensor) for key, tensor in found.tensors.items()}
+    try:
+        merged = merge_adapters(arrays)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.path}: {error}") from error
+    return {key: torch.from_numpy(value) for key, value in merged.items()}
+
+
 def _fit_positions(state: dict[str, Tensor], sam: Sam) -> dict[str, Tensor]:
     """Interpolate absolute and relative position tables whose length belongs to another image size."""
     fitted = dict(state)
@@ -292,12 +293,11 @@ def _fit_positions(state: dict[str, Tensor], sam: Sam) -> dict[str, Tensor]:
         source = fitted.get(key)
         if source is None or source.shape == target.shape:
             continue
-        if key.endswith("pos_embed") and source.ndim == 4:
+        if key.endswith("pos_embed"):
             table = source.float().permute(0, 3, 1, 2)
             table = functional.interpolate(table, target.shape[1:3], mode="bicubic", antialias=True)
             fitted[key] = table.permute(0, 2, 3, 1)
-        elif key.endswith(("rel_pos_h", "rel_pos_w")) and source.ndim == 2 and source.shape[1] == target.shape[1]:
-            # As segment_anything's get_rel_pos does on the fly.
+        else:  # relative ones, as segment_anything's get_rel_pos does on the fly
             fitted[key] = functional.interpolate(source.float().T[None], target.shape[0], mode="linear")[0].T
     return fitted
 

@@ -167,10 +167,10 @@ def refused(path, expected):
 
 class TestWhatIsRefused:
     def test_missing(self, tmp_path):
-        refused(tmp_path / "no.pt", "no such file; give the path of a SAM checkpoint")
+        refused(tmp_path / "no.pt", "no such file; give the path of a checkpoint (.pt or .pth)")
 
     def test_folder(self, tmp_path):
-        refused(tmp_path, "is a folder; give the path of a SAM checkpoint")
+        refused(tmp_path, "is a folder; give the path of a checkpoint (.pt or .pth)")
 
     def test_empty(self, tmp_path):
         (tmp_path / "empty.pt").touch()
@@ -179,7 +179,7 @@ class TestWhatIsRefused:
     @pytest.mark.parametrize("content", [b"a line of text\n", b"\x00" * 100, b"PK", b"II*\x00" + b"\x08" * 50])
     def test_other_kinds_of_file(self, content, tmp_path):
         (tmp_path / "other.pt").write_bytes(content)
-        refused(tmp_path / "other.pt", "not a torch checkpoint; give a .pt or .pth file with a SAM state dict")
+        refused(tmp_path / "other.pt", "not a torch checkpoint")
 
     def test_a_broken_download(self, shared_data):
         refused(shared_data / "sam" / "mobile_sam_truncated.pt", "cut off or damaged (1,835,008 bytes); download")
@@ -193,11 +193,13 @@ class TestWhatIsRefused:
             refused(cut, "cut off or damaged")
 
     def test_yolo(self, shared_data):
-        refused(shared_data / "yolo" / "yolov8n.pt", "holds Python objects besides tensors (")
+        refused(
+            shared_data / "yolo" / "yolov8n.pt", "holds an Ultralytics network, expected SAM; give it as the detector"
+        )
 
-    def test_pickled_objects_are_named(self, tiny_state, tmp_path):
-        torch.save({"model": tiny_state, "config": Foreign()}, tmp_path / "foreign.pt")
-        refused(tmp_path / "foreign.pt", "Foreign), which are never loaded; save its state dict alone")
+    def test_a_whole_pickled_model(self, tmp_path):
+        torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+        refused(tmp_path / "whole.pt", "holds a whole pickled torch.nn.modules.linear.Linear; save its state_dict()")
 
     @pytest.mark.parametrize("as_torch_file", [True, False])
     def test_malicious_pickles_do_not_run(self, tiny_state, tmp_path, as_torch_file):
