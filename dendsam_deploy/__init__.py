@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from dendsam_deploy.evaluate.latency_plan import BenchmarkOptions as BenchmarkOptions
     from dendsam_deploy.evaluate.parity import VerifyOptions as VerifyOptions
     from dendsam_deploy.evaluate.parity import verify_bundle as verify_bundle
-    from dendsam_deploy.evaluate.scores import EvaluateOptions as EvaluateOptions
-    from dendsam_deploy.evaluate.scores import ScoreReport as ScoreReport
+    from dendsam_deploy.evaluate.score_report import EvaluateOptions as EvaluateOptions
+    from dendsam_deploy.evaluate.score_report import ScoreReport as ScoreReport
     from dendsam_deploy.evaluate.scores import evaluate_labels as evaluate_labels
     from dendsam_deploy.export.bundle import export_bundle as export_bundle
     from dendsam_deploy.export.options import ExportOptions as ExportOptions
@@ -72,7 +72,7 @@ _HOMES = {
     "DetectorSchedule": "training.options",
     "DetectorTrainingOptions": "training.options",
     "DetectorTrainingResult": "training.detector",
-    "EvaluateOptions": "evaluate.scores",
+    "EvaluateOptions": "evaluate.score_report",
     "ExportOptions": "export.options",
     "FinetuneSamOptions": "training.sam_options",
     "FinetunedSam": "training.finetune",
@@ -86,7 +86,7 @@ _HOMES = {
     "PhantomOptions": "volume.phantom",
     "Progress": "progress",
     "SamTrainingOptions": "training.sam_options",
-    "ScoreReport": "evaluate.scores",
+    "ScoreReport": "evaluate.score_report",
     "SegmentOptions": "pipeline.job",
     "SegmentResult": "pipeline.record",
     "Session": "runtimes.session",

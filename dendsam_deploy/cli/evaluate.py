@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dendsam_deploy.cli.console import CheckFailedError
-from dendsam_deploy.cli.options import HTML_FILE, PATH, SLICES, Settings, command, json_option, word
+from dendsam_deploy.cli.options import HTML_FILE, PATH, SLICES, VOXEL_SIZE, Settings, command, json_option, word
 from dendsam_deploy.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.cli.console import Console
 
-SETTINGS = Settings("dendsam_deploy.evaluate.scores:EvaluateOptions")
+SETTINGS = Settings("dendsam_deploy.evaluate.score_report:EvaluateOptions")
 
 
 def read_bound(text: str) -> tuple[str, float]:
@@ -45,9 +45,21 @@ BOUND = word("KEY=VALUE", read_bound)
     "--sparse-truth", "sparse_truth", "The truth shows only some objects: leave out segments that meet none."
 )
 @SETTINGS.flag("--as-2d", "as_2d", "Labels hold for one slice only.")
+@SETTINGS.option(
+    "--size-limit",
+    "size_limits_px",
+    [click.IntRange(1)],
+    "Area, px, at which a size class begins. Repeatable.",
+)
+@SETTINGS.option("--skeletons", "skeletons", PATH, "SWC file or folder, micrometres: adds the expected run length.")
+@SETTINGS.option("--voxel-size", "voxel_size_nm", VOXEL_SIZE, "nm, in place of what the files record.")
+@SETTINGS.option("--resamples", "resamples", click.IntRange(0), "Draws of slices behind each interval; 0: none.")
+@SETTINGS.option("--seed", "seed", click.IntRange(0), "Decides about the draws.")
 @click.option("--min", "least", type=BOUND, multiple=True, help="Exit 1 if a score is lower. Repeatable.")
 @click.option("--max", "most", type=BOUND, multiple=True, help="Exit 1 if an error is higher. Repeatable.")
 @click.option("--report", "page", type=HTML_FILE, metavar="FILE", help="Write the scores as an HTML page, too.")
+@click.option("--volume", "volume", type=PATH, metavar="PATH", help="Micrographs, to show the worst objects on.")
+@click.option("--csv", "tables", type=PATH, metavar="DIR", help="Write the scores as CSV tables into this folder, too.")
 @json_option
 @click.pass_context
 def evaluate(
@@ -58,17 +70,25 @@ def evaluate(
     least: tuple[tuple[str, float], ...],
     most: tuple[tuple[str, float], ...],
     page: Path | None,
+    volume: Path | None,
+    tables: Path | None,
     json_file: Path | None,
 ) -> None:
     """Score LABELS against TRUTH.
 
-    The scores are those of the volume, and the means over slices. A KEY of --min and --max is volume.NAME or
-    slices.NAME, with the names that --json uses; a bare NAME means the volume.
+    The scores are those of the volume, and the means over slices, with the intervals that hold them in 95 of 100 draws
+    of the slices. A KEY of --min and --max is volume.NAME or slices.NAME, with the names that --json uses; a bare NAME
+    means the volume. Expected run length: segments that hold several skeletons count as wrong all along them.
     """
-    from dendsam_deploy.evaluate.scores import EvaluateOptions, evaluate_labels
+    from dendsam_deploy.evaluate.score_report import EvaluateOptions
+    from dendsam_deploy.evaluate.scores import evaluate_labels
+    from dendsam_deploy.report.score_tables import write_score_tables
     from dendsam_deploy.report.scores_report import write_scores_report
+    from dendsam_deploy.report.worst_objects import draw_worst_objects
 
-    check_keys(key for key, _ in (*least, *most))
+    if volume is not None and page is None:
+        raise InvalidArgumentError(f"--volume {volume} is shown on the page of scores; name that with --report FILE")
+    check_keys((key for key, _ in (*least, *most)), with_skeletons="skeletons" in SETTINGS.given(context))
     settings = SETTINGS.given(context)
     if "slices" in settings:
         settings["slices"] = range(*settings["slices"])
@@ -76,7 +96,10 @@ def evaluate(
     with console.progress() as progress:
         report = evaluate_labels(labels, truth, EvaluateOptions(**settings), progress)
     if page is not None:
-        write_scores_report(page, report)
+        pictures = () if volume is None else draw_worst_objects(report, volume, truth, labels)
+        write_scores_report(page, report, pictures)
+    if tables is not None:
+        write_score_tables(tables, report)
     document = report.to_document()
     console.result(score_table(document), document, json_file)
     if missed := missed_bounds(document, least, most):
@@ -91,17 +114,41 @@ def score_table(document: dict[str, Any]) -> str:
     document : dict
         As `ScoreReport.to_document` makes it.
     """
-    volume, slices = document["volume"], document["slices"]
-    rows = [f"{'score':<16}{'volume':>9}{'slices':>9}"]
+    volume, slices, intervals = document["volume"], document["slices"], document["intervals"]
+    has_intervals = bool(intervals["slices"])
+    heads = [f"{side:>9}{'95 %':>18}" if has_intervals else f"{side:>9}" for side in ("volume", "slices")]
+    rows = [f"{'score':<16}{''.join(heads)}"]
     for name, value in volume.items():
         if isinstance(value, float):
-            mean = f"{slices[name]:9.4f}" if name in slices else ""
-            rows.append(f"{name:<16}{value:9.4f}{mean}")
+            whole = f"{value:9.4f}{_ends(intervals['volume'].get(name)) if has_intervals else ''}"
+            mean = f"{slices[name]:9.4f}{_ends(intervals['slices'].get(name))}" if name in slices else ""
+            rows.append(f"{name:<16}{whole}{mean}".rstrip())
     rows.append(
         f"{volume['segments']} segments, {volume['truth_objects']} objects in the truth, "
         f"{len(document['per_slice'])} slices scored"
     )
+    if document["options"]["sparse_truth"]:
+        rows.append(f"sparse truth: {document['segments_left_out']} segments that touch no object of it are left out")
+    rows += _class_rows(document["size_classes"]["slices"])
     return "\n".join(rows)
+
+
+def _ends(interval: list[float] | None) -> str:
+    """Write an interval in a column of its own."""
+    return " " * 18 if interval is None else f"  {interval[0]:7.4f} {interval[1]:7.4f} "
+
+
+def _class_rows(classes: list[dict[str, Any]]) -> list[str]:
+    """Write one line for each class of 2-D objects, the smallest first; none where there is but one class."""
+    if len(classes) < 2:
+        return []
+    rows = [f"{'2-D objects, px':<16}{'objects':>9}{'found':>9}{'extra':>9}{'pq':>9}{'s_inst':>9}"]
+    for row in classes:
+        low, high = row["low_px"], row["high_px"]
+        limits = f"from {low}" if high is None else f"below {high}" if low is None else f"{low} to {high}"
+        counts = f"{row['truth_objects']:9d}{row['found']:9d}{row['extra_segments']:9d}"
+        rows.append(f"{limits:<16}{counts}{row['pq']:9.4f}{row['s_inst']:9.4f}")
+    return rows
 
 
 def missed_bounds(
@@ -121,7 +168,7 @@ def missed_bounds(
     return low + high
 
 
-def check_keys(keys: Iterable[str]) -> None:
+def check_keys(keys: Iterable[str], *, with_skeletons: bool = False) -> None:
     """Raise for a key that no score has.
 
     Raises
@@ -132,13 +179,14 @@ def check_keys(keys: Iterable[str]) -> None:
     from dendsam_deploy.metrics.summary import ObjectScores, PartitionScores
 
     of_objects, of_partition = ([field.name for field in fields(kind)] for kind in (ObjectScores, PartitionScores))
-    known = {"slices": of_objects, "volume": [*of_objects, *of_partition]}
+    along_skeletons = ["erl_um", "erl_share"] if with_skeletons else []
+    known = {"slices": of_objects, "volume": [*of_objects, *of_partition, *along_skeletons]}
     for key in keys:
         part, _, name = key.rpartition(".")
         if name not in known.get(part or "volume", ()):
             raise InvalidArgumentError(
                 f"there is no score {key!r}; give volume.NAME or slices.NAME with NAME one of {', '.join(of_objects)}, "
-                f"or for the volume also one of {', '.join(of_partition)}"
+                f"or for the volume also one of {', '.join(of_partition)} (with --skeletons erl_um, erl_share)"
             )
 
 

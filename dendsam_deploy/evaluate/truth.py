@@ -199,7 +199,9 @@ def _point_answers(
         return known
     runner = _torch_reference().points_runner(originals.sam, bundle.manifest)
     inputs = {name: getattr(known, name) for name in ("points", "labels", "tile_index")}
-    return replace(known, **run_graph(runner, {"embeddings": sam.embeddings, **inputs}))
+    outputs = run_graph(runner, {"embeddings": sam.embeddings, **inputs})
+    logits, iou = (outputs[name].astype(np.float32, copy=False) for name in ("logits", "iou"))
+    return replace(known, logits=logits, iou=iou)
 
 
 def _detected(prompts: Prompts, sam: SamOutputs, decoder: Runner, masks_from: Reference) -> DetectedObjects:

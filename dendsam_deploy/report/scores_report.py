@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dendsam_deploy.durable import published
-from dendsam_deploy.metrics.summary import ObjectScores, PartitionScores
+from dendsam_deploy.evaluate.score_report import size_class_document, skeleton_document
 from dendsam_deploy.report.figures import Series, chart_along_z, fraction_histogram
-from dendsam_deploy.report.page import render_page
+from dendsam_deploy.report.page import count_text, render_page
+from dendsam_deploy.report.worst_objects import SEGMENT_COLOUR, TRUTH_COLOUR
 
 if TYPE_CHECKING:
-    from dendsam_deploy.evaluate.scores import ScoreReport
+    from collections.abc import Sequence
+
+    from dendsam_deploy.evaluate.score_report import Bounds, ScoreReport
+    from dendsam_deploy.metrics.size_classes import SizeClass
+    from dendsam_deploy.report.worst_objects import ObjectPicture
 
 _LISTED = 10
 """Rows of the tables of slices and objects that came out worst."""
@@ -22,7 +27,7 @@ _LISTED = 10
 _LOST_IOU = 0.5
 """An object of the truth whose best segment has a lower IoU counts as lost, as in panoptic quality."""
 
-_MEANINGS = {
+MEANINGS = {
     "oce": "object-level consistency error; 0 is perfect; blind to objects that are missing or extra",
     "e_gs": "its direction from truth to segmentation",
     "e_sg": "its direction from segmentation to truth",
@@ -39,12 +44,28 @@ _MEANINGS = {
     "arand_error": "adapted Rand error; 0 is perfect",
     "arand_precision": "falls when objects are joined",
     "arand_recall": "falls when objects are cut",
+    "erl_um": "expected run length along the skeletons, µm: larger is better",
+    "erl_longest_um": "the same for a perfect result",
+    "erl_share": "the one over the other",
+    "erl_correct_um": "length of the skeletons that was found, µm",
+    "erl_split_um": "length of edges between two segments, µm",
+    "erl_merged_um": "length in segments that hold several skeletons, µm",
+    "erl_omitted_um": "length in background, µm",
 }
 """What each score says. Where nothing else is said 1 is perfect."""
 
 
-def write_scores_report(path: Path, report: ScoreReport) -> None:
+def write_scores_report(path: Path, report: ScoreReport, pictures: Sequence[ObjectPicture] = ()) -> None:
     """Write the page of an evaluation, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    report : ScoreReport
+        The scores.
+    pictures : sequence of ObjectPicture
+        The worst objects, see `worst_objects.draw_worst_objects`; none where no micrographs are at hand.
 
     Raises
     ------
@@ -52,10 +73,10 @@ def write_scores_report(path: Path, report: ScoreReport) -> None:
         Where the file system refuses.
     """
     with published(path) as stream:
-        stream.write(render_scores_report(report).encode())
+        stream.write(render_scores_report(report, pictures).encode())
 
 
-def render_scores_report(report: ScoreReport) -> str:
+def render_scores_report(report: ScoreReport, pictures: Sequence[ObjectPicture] = ()) -> str:
     """Return the page of an evaluation."""
     lost = [row for row in report.per_object if row.iou < _LOST_IOU]
     content = {
@@ -63,6 +84,11 @@ def render_scores_report(report: ScoreReport) -> str:
         "labels_name": Path(report.labels).name,
         "truth_name": Path(report.truth).name,
         "rows": _score_rows(report),
+        "has_intervals": bool(report.intervals.slices),
+        "size_tables": _size_tables(report),
+        "pictures": pictures,
+        "truth_colour": ", ".join(map(str, TRUTH_COLOUR.tolist())),
+        "segment_colour": ", ".join(map(str, SEGMENT_COLOUR.tolist())),
         "charts": _charts(report),
         "worst_slices": sorted(report.per_slice, key=lambda row: (row.scores.pq, row.z))[:_LISTED],
         "lost": sorted(lost, key=lambda row: (-row.voxels, row.z or 0, row.truth_id))[:_LISTED],
@@ -72,14 +98,62 @@ def render_scores_report(report: ScoreReport) -> str:
     return render_page("scores.html.jinja", content)
 
 
-def _score_rows(report: ScoreReport) -> list[tuple[str, float, float | None, str]]:
-    """Return name, value for the volume, mean over slices (where there is one) and meaning of each score."""
-    objects = [
-        (field.name, getattr(report.volume.objects, field.name), getattr(report.slices, field.name))
-        for field in fields(ObjectScores)
+def _score_rows(report: ScoreReport) -> list[dict[str, object]]:
+    """Return name, value for the volume, mean over slices (where there is one), intervals and meaning of each score."""
+    volume = asdict(report.volume.objects) | asdict(report.volume.partition)
+    volume |= {} if report.skeletons is None else skeleton_document(report.skeletons)
+    slices = asdict(report.slices)
+    return [
+        {
+            "name": name,
+            "volume": value,
+            "volume_interval": interval_text(report.intervals.volume.get(name)),
+            "mean": slices.get(name),
+            "mean_interval": interval_text(report.intervals.slices.get(name)),
+            "meaning": MEANINGS[name],
+        }
+        for name, value in volume.items()
     ]
-    partition = [(field.name, getattr(report.volume.partition, field.name), None) for field in fields(PartitionScores)]
-    return [(name, volume, mean, _MEANINGS[name]) for name, volume, mean in (*objects, *partition)]
+
+
+def interval_text(bounds: Bounds | None) -> str:
+    """Write an interval; nothing where there is none.
+
+    Examples
+    --------
+    >>> interval_text((0.42, 0.5))
+    '.420 to .500'
+    """
+    return "" if bounds is None else " to ".join(f"{end:.3f}".removeprefix("0") for end in bounds)
+
+
+def _size_tables(report: ScoreReport) -> list[tuple[str, list[tuple[str, SizeClass]]]]:
+    """Return title, and limits in words with the scores of each class, for 2-D objects and for those of the volume."""
+    tables = []
+    for title, classes, axes in (
+        ("2-D objects by size", report.size_classes.slices, 2),
+        ("Objects of the volume by size", report.size_classes.volume, 3),
+    ):
+        if classes:
+            tables.append((title, [(size_text(row, report.voxel_size_nm, axes), row) for row in classes]))
+    return tables
+
+
+def size_text(row: SizeClass, voxel_size_nm: tuple[float, float, float] | None, axes: int) -> str:
+    """Write the limits of a class in px or voxels and, where these have a size, as diameters."""
+    document = size_class_document(row, voxel_size_nm, axes)
+    unit = "px" if axes == 2 else "voxels"
+
+    def limit(end: str) -> str:
+        diameter = document[f"{end}_diameter_nm"]
+        known = "" if diameter is None else f" (⌀ {diameter:.0f} nm)"
+        return f"{count_text(document[f'{end}_px'])} {unit}{known}"
+
+    if row.low_px is None and row.high_px is None:
+        return "all"
+    if row.low_px is None:
+        return f"below {limit('high')}"
+    return f"from {limit('low')}" if row.high_px is None else f"{limit('low')} to {limit('high')}"
 
 
 def _charts(report: ScoreReport) -> dict[str, str]:

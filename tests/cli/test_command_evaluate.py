@@ -30,12 +30,54 @@ def test_json_has_the_keys_of_the_contract(run, discs, half) -> None:
 
 
 def test_table_shows_the_same_numbers(run, discs, half) -> None:
-    outcome = run("evaluate", half, discs / "labels.tif")
+    outcome = run("evaluate", half, discs / "labels.tif", "--resamples", 0)
     rows = {line.split()[0]: line.split()[1:] for line in outcome.out.splitlines()}
     assert outcome.err == ""
     assert rows["dq"] == ["0.8000", "0.8000"]
     assert rows["sq"] == ["1.0000", "1.0000"]
     assert rows["2"] == ["segments,", "3", "objects", "in", "the", "truth,", "4", "slices", "scored"]
+
+
+def test_table_shows_intervals_and_sizes(run, discs, half) -> None:
+    words = ["evaluate", half, discs / "labels.tif", "--size-limit", 200]
+    document = run(*words, "--json", "-").document
+    rows = {line.split()[0]: line.split()[1:] for line in run(*words).out.splitlines()}
+    expected = [
+        f"{value:.4f}"
+        for side in ("volume", "slices")
+        for value in (document[side]["e_gs"], *document["intervals"][side]["e_gs"])
+    ]
+    assert rows["e_gs"] == expected
+    assert rows["from"][:4] == ["200", "12", "8", "0"]
+    assert run(*words, "--seed", 5, "--json", "-").document["options"]["seed"] == 5
+
+
+def test_what_is_left_out_of_a_sparse_truth_is_said(run, discs, half) -> None:
+    outcome = run("evaluate", discs / "labels.tif", half, "--sparse-truth")
+    assert "sparse truth: 1 segments that touch no object of it are left out" in outcome.out
+
+
+def test_skeletons_give_the_expected_run_length(run, discs, half, tmp_path) -> None:
+    (tmp_path / "a.swc").write_text("1 3 0.3075 0.2475 0.01 1 -1\n2 3 0.3075 0.2625 0.05 1 1\n")  # in the first disc
+    words = ["evaluate", half, discs / "labels.tif", "--skeletons", tmp_path / "a.swc"]
+    volume = run(*words, "--json", "-").document["volume"]
+    assert volume["erl_share"] == 1
+    assert volume["erl_um"] == pytest.approx((0.015**2 + 0.04**2) ** 0.5)
+    assert run(*words, "--min", "erl_share=0.9", "--json", "-").code == 0
+    outcome = run("evaluate", half, discs / "labels.tif", "--min", "erl_share=0.9")
+    assert outcome.code == 2
+    assert "there is no score 'erl_share'" in outcome.message
+    assert run("evaluate", half, discs / "labels.tif", "--skeletons", discs / "raw.tif").code == 4
+
+
+def test_tables_and_worst_objects(run, discs, half, tmp_path) -> None:
+    words = ["evaluate", half, discs / "labels.tif", "--csv", tmp_path / "tables"]
+    assert run(*words, "--report", tmp_path / "s.html", "--volume", discs / "raw.tif").code == 0
+    assert "The worst objects" in (tmp_path / "s.html").read_text(encoding="utf-8")
+    assert (tmp_path / "tables" / "per_object.csv").read_text().startswith("z,truth_id,voxels,segment_id,iou,shown_z\n")
+    outcome = run(*words, "--volume", discs / "raw.tif")
+    assert outcome.code == 2
+    assert "name that with --report" in outcome.message
 
 
 def test_bounds_decide_the_exit_code(run, discs, half, tmp_path) -> None:

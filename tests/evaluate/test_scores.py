@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tifffile
 
-from dendsam_deploy.errors import InvalidArgumentError, VolumeError
-from dendsam_deploy.evaluate.scores import EvaluateOptions, ObjectRow, ScoreReport, evaluate_labels, score_volumes
+from dendsam_deploy.errors import InputFileError, InvalidArgumentError, VolumeError
+from dendsam_deploy.evaluate.score_report import EvaluateOptions, ObjectRow, ScoreReport
+from dendsam_deploy.evaluate.scores import evaluate_labels, score_volumes
 from dendsam_deploy.metrics.contingency import ContingencyTable
 from dendsam_deploy.metrics.summary import score_objects, score_partition
 from dendsam_deploy.volume.volume import VolumeInfo
@@ -23,9 +24,9 @@ COUNT_KEYS = {"truth_objects", "segments"}
 class ArrayReader:
     """A volume in memory that is read like one on disk."""
 
-    def __init__(self, name: str, labels: np.ndarray) -> None:
+    def __init__(self, name: str, labels: np.ndarray, voxel_size_nm=None) -> None:
         self._labels = labels.astype(np.uint32)
-        self.info = VolumeInfo(labels.shape, np.dtype(np.uint32), None, name, "array")
+        self.info = VolumeInfo(labels.shape, np.dtype(np.uint32), voxel_size_nm, name, "array")
 
     def read(self, z, window=None):
         return self._labels[z] if window is None else self._labels[z][window.slices]
@@ -53,14 +54,23 @@ def test_document_has_the_keys_of_the_contract():
     assert document["slices"].keys() == OBJECT_KEYS
     assert [row["z"] for row in document["per_slice"]] == list(range(8))
     assert all(row.keys() == OBJECT_KEYS | COUNT_KEYS | {"z"} for row in document["per_slice"])
-    assert document["per_object"][0].keys() == {"z", "truth_id", "voxels", "segment_id", "iou"}
+    assert document["per_object"][0].keys() == {"z", "truth_id", "voxels", "segment_id", "iou", "shown_z"}
     assert document["options"] == {
         "slices": None,
         "ignore_labels": [],
         "sparse_truth": False,
         "as_2d": False,
         "first_slice": None,
+        "resamples": 1000,
+        "seed": 0,
+        "size_limits_px": [],
+        "skeletons": None,
+        "voxel_size_nm": None,
     }
+    intervals = document["intervals"]
+    assert intervals["slices"].keys() == OBJECT_KEYS
+    assert intervals["volume"].keys() == VOLUME_KEYS
+    assert [row["truth_objects"] for row in document["size_classes"]["slices"]]
 
 
 def test_volume_scores_are_those_of_the_whole_volume_at_once():
@@ -90,7 +100,7 @@ def test_truth_and_labels_are_not_exchanged():
     assert report.volume.objects.e_gs > 0  # object 2 is missing
     assert report.volume.objects.e_sg == 0
     assert (report.volume.truth_objects, report.volume.segments) == (2, 1)
-    assert report.per_object == (ObjectRow(None, 1, 16, 1, 1.0), ObjectRow(None, 2, 6, None, 0.0))
+    assert report.per_object == (ObjectRow(None, 1, 16, 1, 1.0, 0), ObjectRow(None, 2, 6, None, 0.0, 0))
 
 
 def wrongly_linked() -> tuple[np.ndarray, np.ndarray]:
@@ -186,7 +196,8 @@ def test_progress_is_told_after_each_slice():
     heard = []
     reader = ArrayReader("labels", blocks(1))
     score_volumes(reader, reader, EvaluateOptions(slices=range(2, 5)), heard.append)
-    assert [(progress.done, progress.total) for progress in heard] == [(1, 3), (2, 3), (3, 3)]
+    told = [(progress.done, progress.total) for progress in heard if progress.stage == "evaluate"]
+    assert told == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_volumes_of_different_shapes_are_refused():
@@ -226,6 +237,145 @@ def test_a_missing_file_is_named(tmp_path):
     tifffile.imwrite(tmp_path / "labels.tif", blocks(1).astype(np.uint16), metadata={"axes": "ZYX"})
     with pytest.raises(VolumeError, match=r"truth\.tif"):
         evaluate_labels(tmp_path / "labels.tif", tmp_path / "truth.tif")
+
+
+def test_intervals_hold_the_scores_and_depend_on_the_seed_alone():
+    labels, truth = blocks(1), blocks(2)
+    labels[:3] = truth[:3]
+    report = score(labels, truth)
+    for interval, value in (
+        *((report.intervals.slices[name], value) for name, value in asdict(report.slices).items()),
+        *((report.intervals.volume[name], value) for name, value in asdict(report.volume.objects).items()),
+    ):
+        assert interval[0] <= value <= interval[1]
+    low, high = report.intervals.slices["pq"]
+    assert low < report.slices.pq < high
+    assert report.intervals == score(labels, truth).intervals
+    assert report.intervals.slices != score(labels, truth, seed=1).intervals.slices
+    assert report.intervals.volume_method == "jackknife"
+
+
+def test_intervals_of_pooled_slices_are_bootstrapped():
+    labels, truth = blocks(1), blocks(2)
+    labels[:3] = truth[:3]
+    report = score(labels, truth, as_2d=True)
+    assert report.intervals.volume_method == "bootstrap"
+    low, high = report.intervals.volume["pq"]
+    assert low < report.volume.objects.pq < high
+    # Pooled objects and means over slices are uncertain for the same reason, and about as much.
+    of_slices = report.intervals.slices["pq"]
+    assert (high - low) == pytest.approx(of_slices[1] - of_slices[0], rel=0.5)
+
+
+def test_slices_that_are_alike_leave_no_doubt_and_one_slice_says_nothing():
+    truth = np.repeat(blocks(2)[:1], 5, axis=0)
+    labels = np.repeat(blocks(1)[:1], 5, axis=0)
+    report = score(labels, truth)
+    assert report.intervals.slices["pq"] == pytest.approx((report.slices.pq, report.slices.pq))
+    assert report.intervals.volume["pq"] == pytest.approx((report.volume.objects.pq,) * 2)
+    for alone in (score(labels[:1], truth[:1]), score(labels, truth, resamples=0)):
+        assert alone.intervals.slices == alone.intervals.volume == {}
+
+
+def test_many_slices_are_drawn_in_blocks_of_neighbours():
+    labels, truth = (np.tile(blocks(seed)[:, :4, :4], (20, 1, 1)) for seed in (1, 2))
+    report = score(labels, truth)
+    assert len(report.per_slice) == 160
+    assert report.intervals.volume_blocks == 64
+    assert report.volume.objects == score_objects(ContingencyTable.from_labels(truth, labels))
+
+
+def test_sizes_are_those_of_the_2d_objects_and_of_the_volume():
+    truth = np.zeros((3, 8, 8), int)
+    truth[:, :2, :2], truth[:, 4:, :] = 1, 2
+    report = score(np.where(truth == 1, 0, truth), truth, size_limits_px=(10,))
+    small, large = report.size_classes.slices
+    assert (small.truth_objects, small.found, large.truth_objects, large.found) == (3, 0, 3, 3)
+    assert (small.pq, large.pq) == (0, 1)
+    assert [row.truth_objects for row in report.size_classes.volume] == [1, 1]
+    assert score(truth, truth, as_2d=True).size_classes.volume == ()
+
+
+def test_limits_of_sizes_are_said_in_nm_where_the_voxel_size_is_known():
+    reader = ArrayReader("labels", blocks(1), (40.0, 10.0, 5.0))
+    document = score_volumes(reader, reader, EvaluateOptions(size_limits_px=(30,))).to_document()
+    small, large = document["size_classes"]["slices"]
+    assert (small["low_px"], small["high_px"], small["high_nm2"]) == (None, 30, 1500)
+    assert large["low_diameter_nm"] == pytest.approx(2 * (1500 / np.pi) ** 0.5)
+    assert document["size_classes"]["volume"][0]["high_nm3"] % 2000 == 0
+    unknown = score(blocks(1), blocks(1)).to_document()["size_classes"]["slices"][0]
+    assert unknown["high_nm2"] is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"size_limits_px": (5, 5)}, {"size_limits_px": (0,)}, {"resamples": -1}, {"seed": -1}]
+)
+def test_limits_that_do_not_ascend_and_negative_numbers_are_refused(options):
+    with pytest.raises(InvalidArgumentError, match=r"expected|ascend"):
+        EvaluateOptions(**options)
+
+
+def test_what_a_sparse_truth_leaves_out_is_counted():
+    truth = np.array([[[1, 1, 0, 0, 0, 0]]])
+    labels = np.array([[[7, 7, 0, 8, 9, 0]]])
+    assert score(labels, truth, sparse_truth=True).segments_left_out == 2
+    assert score(labels, truth).segments_left_out == 0
+
+
+def swc(folder, *lines):
+    (folder / "a.swc").write_text("\n".join(lines))
+    return folder / "a.swc"
+
+
+def test_skeletons_are_walked_in_the_volume(tmp_path):
+    """Voxels of 1000 x 500 x 250 nm; the skeleton runs along x through row 1 of slice 1, then down to slice 2."""
+    labels = np.zeros((3, 3, 8), int)
+    labels[1, 1, :4], labels[1, 1, 4:], labels[2, 1] = 5, 6, 6
+    path = swc(
+        tmp_path,
+        "1 3 0.0 0.5 1.0 1 -1",
+        "2 3 0.75 0.5 1.0 1 1",
+        "3 3 1.0 0.5 1.0 1 2",
+        "4 3 1.9 0.7 1.2 1 3",
+        "5 3 1.9 0.7 2.2 1 4",
+        "6 3 1.9 0.7 3.2 1 5",
+    )
+    reader = ArrayReader("labels", labels, (1000.0, 500.0, 250.0))
+    found = score_volumes(reader, reader, EvaluateOptions(skeletons=path)).skeletons
+    last = (0.9**2 + 0.2**2 + 0.2**2) ** 0.5
+    assert (found.skeletons, found.nodes, found.nodes_outside) == (1, 5, 1)
+    run = found.run_length  # 0.75 in segment 5, 0.25 cut, then 0.94 and 1 in segment 6
+    assert (run.split, run.correct) == pytest.approx((0.25, 1.75 + last))
+    assert run.expected == pytest.approx((0.75**2 + (last + 1) ** 2) / (2 + last))
+    document = score_volumes(reader, reader, EvaluateOptions(skeletons=path)).to_document()
+    assert document["volume"]["erl_um"] == run.expected
+    assert document["volume"]["erl_share"] == pytest.approx(run.expected / (2 + last))
+
+
+def test_positions_on_the_grid_of_voxels_are_not_lost_by_rounding(tmp_path):
+    labels = np.arange(1, 1001).reshape(1000, 1, 1)
+    lines = [f"{z + 1} 3 0 0 {z * 0.04:.6f} 1 {z or -1}" for z in range(1000)]
+    reader = ArrayReader("labels", labels, (40.0, 10.0, 10.0))
+    found = score_volumes(reader, reader, EvaluateOptions(skeletons=swc(tmp_path, *lines), resamples=0)).skeletons
+    assert found.nodes == 1000
+    assert found.run_length.split == pytest.approx(999 * 0.04)
+
+
+def test_skeletons_start_where_the_labels_do(tmp_path):
+    truth = np.ones((6, 2, 2), int)
+    path = swc(tmp_path, "1 3 0 0 0 1 -1", "2 3 0 0 4 1 1", "3 3 0 0 5 1 2")
+    options = EvaluateOptions(skeletons=path, first_slice=4, voxel_size_nm=(1000, 1000, 1000))
+    report = score_volumes(ArrayReader("labels", truth[4:]), ArrayReader("truth", truth), options)
+    assert report.skeletons.nodes == 2
+    assert report.skeletons.run_length.expected == 1
+
+
+def test_skeletons_elsewhere_or_of_unknown_scale_are_refused(tmp_path):
+    path = swc(tmp_path, "1 3 0 0 9000 1 -1")
+    with pytest.raises(InvalidArgumentError, match="record no voxel size; give --voxel-size"):
+        score(blocks(1), blocks(2), skeletons=path)
+    with pytest.raises(InputFileError, match=r"no node lies in the volume .* another unit"):
+        score(blocks(1), blocks(2), skeletons=path, voxel_size_nm=(40, 10, 10))
 
 
 def test_real_neurites_against_damaged_copies(shared_data, tmp_path):

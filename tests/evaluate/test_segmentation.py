@@ -9,7 +9,8 @@ import pytest
 import tifffile
 
 from dendsam_deploy.errors import VolumeError
-from dendsam_deploy.evaluate.scores import EvaluateOptions, evaluate_labels
+from dendsam_deploy.evaluate.score_report import EvaluateOptions
+from dendsam_deploy.evaluate.scores import evaluate_labels
 from dendsam_deploy.evaluate.segmentation import find_segmentation
 
 

@@ -1,0 +1,71 @@
+"""Scores by size: which class an object counts in, and that all classes together are the whole."""
+
+import numpy as np
+import pytest
+
+from dendsam_deploy.metrics.contingency import ContingencyTable
+from dendsam_deploy.metrics.overlaps import ObjectOverlaps
+from dendsam_deploy.metrics.size_classes import ObjectMatches, score_size_classes, tercile_limits
+from dendsam_deploy.metrics.summary import score_objects
+
+TRUTH = np.array([[1, 1, 0, 2, 2, 2, 2, 2, 2, 2, 2, 0, 3, 3, 3, 0]])
+FOUND = np.array([[5, 5, 0, 6, 6, 6, 6, 6, 6, 0, 0, 0, 7, 0, 0, 8]])
+"""Object 1 (2 px) exact, 2 (8 px) at IoU .75, 3 (3 px) at IoU 1/3; segment 8 (1 px) is extra."""
+
+
+def matches(truth, found) -> ObjectMatches:
+    return ObjectMatches.from_overlaps(ObjectOverlaps.from_table(ContingencyTable.from_labels(truth, found)))
+
+
+def test_objects_count_in_the_class_of_their_size():
+    small, large = score_size_classes(matches(TRUTH, FOUND), (4,))
+    assert (small.low_px, small.high_px, large.low_px, large.high_px) == (None, 4, 4, None)
+    assert (small.truth_objects, small.found, small.extra_segments) == (2, 1, 2)  # 7 and 8 match nothing at .5
+    assert (small.sq, small.dq) == (1, pytest.approx(1 / (1 + 3 / 2)))
+    assert small.mean_best_iou == pytest.approx((1 + 1 / 3) / 2)
+    assert (large.truth_objects, large.found, large.extra_segments) == (1, 1, 0)
+    assert (large.sq, large.dq, large.pq) == (0.75, 1, 0.75)
+    assert (large.sa50, large.sa75) == (1, 1)
+    assert large.s_inst == pytest.approx(14 / 17)  # found from .10 to .75, lost at .80, .85 and .90
+
+
+def test_a_limit_belongs_to_the_upper_class():
+    small, large = score_size_classes(matches(TRUTH, FOUND), (3,))
+    assert (small.truth_objects, large.truth_objects) == (1, 2)
+
+
+def test_a_matched_segment_counts_with_its_object_and_not_by_its_own_size():
+    truth, found = np.array([[1] * 10]), np.array([[1] * 7 + [0] * 3])
+    small, large = score_size_classes(matches(truth, found), (8,))
+    assert (small.truth_objects, small.extra_segments, small.pq) == (0, 0, 1)
+    assert (large.found, large.extra_segments, large.pq) == (1, 0, 0.7)
+
+
+def test_one_class_is_the_score_of_all_objects():
+    rng = np.random.default_rng(0)
+    truth = np.kron(rng.integers(0, 9, (6, 8)), np.ones((4, 4), int))
+    found = np.kron(rng.integers(0, 5, (6, 8)), np.ones((4, 4), int))
+    found = np.where(rng.random(found.shape) < 0.7, truth, found)
+    (everything,) = score_size_classes(matches(truth, found), ())
+    expected = score_objects(ContingencyTable.from_labels(truth, found))
+    for name in ("pq", "sq", "dq", "s_inst", "msa", "sa50", "sa75"):
+        assert getattr(everything, name) == pytest.approx(getattr(expected, name)), name
+
+
+def test_slices_are_pooled():
+    both = ObjectMatches.pooled([matches(TRUTH, FOUND), matches(TRUTH, TRUTH)])
+    (everything,) = score_size_classes(both, ())
+    assert (everything.truth_objects, everything.found) == (6, 5)
+    assert ObjectMatches.pooled([]).truth_sizes.shape == (0,)
+
+
+def test_terciles_make_classes_of_equal_number():
+    sizes = np.arange(1, 10)
+    assert tercile_limits(sizes) == (4, 7)
+    assert tercile_limits(np.full(5, 3)) == ()
+    assert tercile_limits(np.zeros(0, np.int64)) == ()
+
+
+def test_a_class_that_nobody_has_is_perfect():
+    *_, empty = score_size_classes(matches(TRUTH, FOUND), (4, 100))
+    assert (empty.truth_objects, empty.pq, empty.s_inst, empty.mean_best_iou) == (0, 1, 1, None)
