@@ -23,11 +23,12 @@ from demo_sources import (
 from dendsam_deploy.models.architectures import default_image_size
 from dendsam_deploy.models.sam import build_sam, initialise
 from dendsam_deploy.models.weights import TrainingRecord, load_sam, save_sam
-from dendsam_deploy.training.sam import SamTrainer, TrainingState
+from dendsam_deploy.training.sam import SamTrainer
 from dendsam_deploy.training.sam_options import SamTrainingOptions
 
 if TYPE_CHECKING:
     from dendsam_deploy.progress import Progress
+    from dendsam_deploy.training.course import TrainingState
 
 log = logging.getLogger("train_demo_sam")
 

@@ -99,6 +99,13 @@ def set_training_mode(sam: Sam, train: TrainedParts) -> None:
         sam.image_encoder.eval()
 
 
+def load_merged(sam: Sam, state: Mapping[str, Tensor]) -> None:
+    """Let a model, with or without adapters, have the weights of a plain SAM; its adapters add nothing then."""
+    empty = {name: torch.zeros_like(value) for name, value in sam.state_dict().items() if name.endswith(_UP)}
+    kept = {name: value for name, value in sam.state_dict().items() if name.endswith(_DOWN)}
+    sam.load_state_dict({**state, **empty, **kept})
+
+
 def merged_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict in which every adapter is a part of the weight that it adapts."""
     merged = {name: value for name, value in state.items() if not name.endswith((_DOWN, _UP))}

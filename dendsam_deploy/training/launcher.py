@@ -17,7 +17,7 @@ import torch.multiprocessing
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from dendsam_deploy.errors import DendsamError, IncompleteRunError, MissingCapabilityError
-from dendsam_deploy.progress import Progress
+from dendsam_deploy.progress import no_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dendsam_deploy.progress import ProgressCallback
+    from dendsam_deploy.training.sam_options import SamTrainingOptions
 
 Value = TypeVar("Value")
 
@@ -100,22 +101,20 @@ class FabricTeam:
 
 
 def run_in_team(
-    work: Callable[..., Any], arguments: tuple[Any, ...], device: str, devices: int, listeners: tuple[Any, Any]
+    work: Callable[..., Any], arguments: tuple[Any, ...], schedule: SamTrainingOptions, progress: ProgressCallback
 ) -> Any:  # noqa: ANN401 - whatever the work returns
     """Run a function in several new processes and return what it returns in the first.
 
     Parameters
     ----------
     work : callable
-        A function of a module, called as ``work(team, progress, tell, *arguments)``.
+        A function of a module, called as ``work(team, progress, *arguments)``.
     arguments : tuple
         What can be pickled.
-    device : str
-        ``cpu`` or ``cuda``.
-    devices : int
-        Number of processes, on GPUs one for each.
-    listeners : (callable, callable)
-        Called here with the progress, and with what is told, by the first process.
+    schedule : SamTrainingOptions
+        Its `devices` processes on its `device`, ``cpu`` or ``cuda``; on GPUs one for each.
+    progress : callable
+        Called here with the progress of the first process.
 
     Raises
     ------
@@ -131,16 +130,18 @@ def run_in_team(
             "training on several devices needs the package 'lightning_fabric', which is not installed here; "
             "run: pip install 'dendsam-deploy[train]'"
         ) from error
-    if device != "cpu" and devices > torch.cuda.device_count():
+    accelerator = "cpu" if schedule.device == "cpu" else "cuda"
+    if accelerator == "cuda" and schedule.devices > torch.cuda.device_count():
         raise MissingCapabilityError(
-            f"{devices} GPUs were asked for, and torch sees {torch.cuda.device_count()} here; choose fewer devices"
+            f"{schedule.devices} GPUs were asked for, and torch sees {torch.cuda.device_count()} here; "
+            "choose fewer devices"
         )
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    listener = _Listener(queue, *listeners)
+    listener = _Listener(queue, progress)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about hosts and ports, which are not the user's
-            fabric = Fabric(accelerator="cpu" if device == "cpu" else "cuda", devices=devices, strategy="ddp_spawn")
+            fabric = Fabric(accelerator=accelerator, devices=schedule.devices, strategy="ddp_spawn")
             answer = fabric.launch(partial(_member, work=work, arguments=arguments, queue=queue))
     except (ProcessRaisedException, ProcessExitedException) as error:
         listener.stop()
@@ -155,37 +156,30 @@ def run_in_team(
 
 def _member(fabric: Any, work: Callable[..., Any], arguments: tuple[Any, ...], queue: SimpleQueue[Any]) -> bytes:  # noqa: ANN401 - the library is optional
     """Do the work in one process; the first one reports."""
-    is_first = fabric.global_rank == 0
     try:
-        report = queue.put if is_first else _say_nothing
-        return pickle.dumps(work(FabricTeam(fabric), report, report, *arguments))
+        progress = queue.put if fabric.global_rank == 0 else no_progress
+        return pickle.dumps(work(FabricTeam(fabric), progress, *arguments))
     except DendsamError as error:
         queue.put(error)
         raise
 
 
-def _say_nothing(message: object) -> None:
-    """Only the first process reports."""
-
-
 class _Listener(threading.Thread):
     """Hands on what the first process reports, until it is stopped."""
 
-    def __init__(self, queue: SimpleQueue[Any], progress: ProgressCallback, tell: Callable[[str], None]) -> None:
+    def __init__(self, queue: SimpleQueue[Any], progress: ProgressCallback) -> None:
         super().__init__(daemon=True)
-        self._queue, self._progress, self._tell = queue, progress, tell
+        self._queue, self._progress = queue, progress
         self.failure: DendsamError | None = None
         self.start()
 
     def run(self) -> None:
         """Listen."""
         while (message := self._queue.get()) is not None:
-            if isinstance(message, Progress):
-                self._progress(message)
-            elif isinstance(message, DendsamError):
+            if isinstance(message, DendsamError):
                 self.failure = self.failure or message
             else:
-                self._tell(message)
+                self._progress(message)
 
     def stop(self) -> None:
         """End listening once everything has been heard."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -94,6 +94,11 @@ class TrainingPlan:
     second_moment: float
     needed_bytes: int
     free_bytes: int | None
+
+    def batch(self) -> dict[str, Any]:
+        """Return the choices that depend on the memory that was free, as values of `SamTrainingOptions`."""
+        names = ("preset", "tiles_per_step", "accumulate", "checkpointing", "precision")
+        return {name: getattr(self, name) for name in names}
 
     def lines(self) -> tuple[str, ...]:
         """Return the plan in words, for people."""

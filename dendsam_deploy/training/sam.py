@@ -10,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,10 +21,11 @@ from dendsam_deploy.models.box_decoder import BoxDecoderGraph
 from dendsam_deploy.models.image_encoder import ImageEncoderGraph
 from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 from dendsam_deploy.training import judge
-from dendsam_deploy.training.adapters import choose_parts, merged_state, set_training_mode
+from dendsam_deploy.training.adapters import choose_parts, load_merged, merged_state, set_training_mode
 from dendsam_deploy.training.averages import MovingAverage
 from dendsam_deploy.training.batches import Batch, BatchRecipe, draw_batch
 from dendsam_deploy.training.checkpointing import recompute_blocks
+from dendsam_deploy.training.course import CheckpointCallback, Course, TrainedSam, TrainingState
 from dendsam_deploy.training.device import check_device
 from dendsam_deploy.training.launcher import Alone, Team
 from dendsam_deploy.training.lessons import BoxLesson, IterativeLesson, Lesson
@@ -44,81 +43,6 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.training.sam_options import SamTrainingOptions
     from dendsam_deploy.training.source import TrainingSource
-
-
-@dataclass(frozen=True, slots=True)
-class TrainedSam:
-    """The best state of a training run and how it came about.
-
-    Parameters
-    ----------
-    state : dict of Tensor
-        State dict of a plain SAM; adapters are merged.
-    held_out_iou, first_held_out_iou : float
-        With exact boxes, of this state and before training.
-    best_step, steps : int
-        After which step the state was, and how many there were.
-    seconds : float
-        Time of this run and of those that it went on from.
-    stopped_early : bool
-        Whether the patience ended it.
-    history : tuple of Judgement
-        All judgements.
-    """
-
-    state: dict[str, Tensor]
-    held_out_iou: float
-    first_held_out_iou: float
-    best_step: int
-    steps: int
-    seconds: float
-    stopped_early: bool
-    history: tuple[judge.Judgement, ...]
-
-
-class TrainingState(NamedTuple):
-    """Everything that an interrupted run needs to go on exactly where it was; plain values and tensors only.
-
-    The tensors are those of the run itself: who keeps a state beyond the callback copies it.
-    """
-
-    step: int
-    elapsed_s: float
-    means: tuple[float, float]
-    model: dict[str, Tensor]
-    average: dict[str, Tensor]
-    hints: dict[str, Tensor]
-    optimiser: dict[str, object]
-    rate: dict[str, Any]
-    scaler: dict[str, Any]
-    randomness: dict[str, Any]
-    best: dict[str, Tensor]
-    history: list[tuple[Any, ...]]
-
-
-CheckpointCallback = Callable[[TrainingState], None]
-
-
-@dataclass(slots=True)
-class _Course:
-    """How far a run has come: `means` are running means of loss and IoU, `best` the best state dict so far."""
-
-    step: int
-    elapsed_s: float
-    means: tuple[float, float]
-    history: list[judge.Judgement]
-    best: dict[str, Tensor]
-
-    def take(self, learnt: tuple[float, float], elapsed_s: float) -> None:
-        """Note a step that had this loss and IoU."""
-        pairs = zip(self.means, learnt, strict=True)
-        loss, iou = (new if math.isnan(mean) else 0.98 * mean + 0.02 * new for mean, new in pairs)
-        self.means, self.step, self.elapsed_s = (loss, iou), self.step + 1, elapsed_s
-
-    def is_stuck(self, patience: int | None) -> bool:
-        """Tell whether so many judgements in a row were no better than one before them."""
-        scores = [entry.held_out_iou for entry in self.history]
-        return patience is not None and len(scores) - 1 - scores.index(max(scores)) >= patience
 
 
 class SamTrainer:
@@ -225,6 +149,7 @@ class SamTrainer:
             seconds=course.elapsed_s,
             stopped_early=course.is_stuck(self.options.patience),
             history=tuple(course.history),
+            first_scores=course.first_scores,
         )
 
     def held_out_iou(self) -> float:
@@ -234,6 +159,20 @@ class SamTrainer:
         with self.average.swapped_in(self.sam):
             scores = judge.box_prompt_iou(self.encoder, self.decoder, (tile for _, tile in self.judged_tiles))
         return self.team.agree(float(scores.mean()))
+
+    def scores(self) -> dict[judge.PromptKind, NDArray[np.float64]]:
+        """Return the IoU of every judged object by the kind of its prompt, of the averaged weights."""
+        if self.team.rank:
+            return self.team.agree({})
+        with self.average.swapped_in(self.sam):
+            tiles = (tile for _, tile in self.judged_tiles)
+            return self.team.agree(judge.prompted_iou(self.encoder, self.decoder, tiles))
+
+    def adopt(self, state: dict[str, Tensor]) -> None:
+        """Let the model have the weights of a plain SAM, which was trained from it; training is over then."""
+        load_merged(self.sam, state)
+        self.decoder = BoxDecoderGraph(self.sam).to(self.device)
+        self.average = MovingAverage(self.sam, 0.0)
 
     def averaged_state(self) -> dict[str, Tensor]:
         """Return the averaged weights as the state dict of a plain SAM, on the CPU."""
@@ -259,16 +198,18 @@ class SamTrainer:
         decoder = PromptedDecoder(self.decoder, HALF_TYPES[self.plan.precision])
         return IterativeLesson(decoder, self.options.rounds, self.options.mask_fraction, self.plan.objects_at_once)
 
-    def _course(self, resume: TrainingState | None) -> _Course:
+    def _course(self, resume: TrainingState | None) -> Course:
         """Begin, or go on where a run stopped."""
         if resume is None:
-            first = judge.Judgement(0, 0.0, self.held_out_iou())
-            return _Course(0, 0.0, (math.nan, math.nan), [first], self.averaged_state())
+            scores: dict[str, float] = {kind: float(found.mean()) for kind, found in self.scores().items()}
+            first = judge.Judgement(0, 0.0, scores["box"])
+            return Course(0, 0.0, (math.nan, math.nan), [first], self.averaged_state(), scores)
         self._restore(resume)
         history = [judge.Judgement(*row) for row in resume.history]
-        return _Course(resume.step, resume.elapsed_s, resume.means, history, dict(resume.best))
+        best = dict(resume.best)
+        return Course(resume.step, resume.elapsed_s, resume.means, history, best, resume.first_scores)
 
-    def _judge(self, course: _Course) -> None:
+    def _judge(self, course: Course) -> None:
         """Judge the averaged weights and note it; keep them if they are as good as the best."""
         iou = self.held_out_iou()
         if iou >= max(entry.held_out_iou for entry in course.history):
@@ -277,7 +218,7 @@ class SamTrainer:
         course.history.append(judge.Judgement(course.step, course.elapsed_s, iou, *course.means, rate))
         self.rate.judged(iou)
 
-    def _fraction_done(self, course: _Course) -> float:
+    def _fraction_done(self, course: Course) -> float:
         by_step = course.step / self.options.steps if self.options.steps else 0.0
         by_time = course.elapsed_s / (60 * self.options.minutes) if self.options.minutes else 0.0
         return max(by_step, by_time)
@@ -288,7 +229,7 @@ class SamTrainer:
             return step % (options.judge_steps or math.ceil(options.steps / 10)) == 0
         return since_s > 60 * options.judge_minutes
 
-    def _progress(self, course: _Course) -> Progress:
+    def _progress(self, course: Course) -> Progress:
         done = min(self._fraction_done(course), 1.0)
         left = course.elapsed_s / 60 * (1 - done) / done
         held_out = max(entry.held_out_iou for entry in course.history)
@@ -353,7 +294,7 @@ class SamTrainer:
             min_object_px=self.options.min_object_px,
         )
 
-    def _snapshot(self, course: _Course) -> TrainingState:
+    def _snapshot(self, course: Course) -> TrainingState:
         return TrainingState(
             step=course.step,
             elapsed_s=course.elapsed_s,
@@ -367,6 +308,8 @@ class SamTrainer:
             randomness=random_states(),
             best=course.best,
             history=[dataclasses.astuple(entry) for entry in course.history],
+            first_scores=course.first_scores,
+            planned=self.plan.batch(),
         )
 
     def _restore(self, state: TrainingState) -> None:

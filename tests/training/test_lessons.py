@@ -189,7 +189,7 @@ class TestIterativeLesson:
         first, second = gradients(theirs), gradients(ours)
         # What is left out is the bias of keys, which the softmax takes out again: its gradient is rounding.
         named = {name for name, value in first.items() if value.abs().max() > 1e-6}
-        assert all(name.endswith("k_proj.bias") for name in first.keys() - second.keys())
+        assert len(named) > 60
         assert named <= second.keys()
         assert any("mask_downscaling" in name for name in named), "no round was given a mask"
         for name in named:
