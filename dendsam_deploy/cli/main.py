@@ -21,6 +21,7 @@ from dendsam_deploy.cli.finetune_detector import finetune_detector
 from dendsam_deploy.cli.finetune_sam import finetune_sam
 from dendsam_deploy.cli.info import info
 from dendsam_deploy.cli.phantom import phantom
+from dendsam_deploy.cli.pseudo_label import pseudo_label
 from dendsam_deploy.cli.segment import segment
 from dendsam_deploy.cli.verify import verify
 from dendsam_deploy.errors import (
@@ -72,7 +73,7 @@ def finetune() -> None:
 
 for member in (finetune_sam, finetune_detector):
     finetune.add_command(member)
-for member in (demo, doctor, phantom, info, finetune, export, verify, benchmark, segment, evaluate):
+for member in (demo, doctor, phantom, info, finetune, export, verify, benchmark, segment, pseudo_label, evaluate):
     program.add_command(member)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,7 @@ from dendsam_deploy.errors import InvalidArgumentError
 from dendsam_deploy.volume.outlines import trace_outlines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -29,6 +30,15 @@ _MOVE, _LINE, _CLOSE = 0.0, 1.0, 4.0
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """Time stamp of the members, so that equal masks give equal files."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedMask:
+    """A mask of slice `z` that has pixels, under the name that the ROI Manager is to show."""
+
+    name: str
+    z: int
+    mask: RunLengths
 
 
 def write_rois(path: Path, slices: Iterable[SliceMasks]) -> int:
@@ -54,7 +64,7 @@ def write_rois(path: Path, slices: Iterable[SliceMasks]) -> int:
     Raises
     ------
     InvalidArgumentError
-        A slice is larger than ImageJ's ROIs reach.
+        A mask lies farther out than ImageJ's ROIs reach.
     StorageError
         Where the file system refuses.
 
@@ -62,22 +72,32 @@ def write_rois(path: Path, slices: Iterable[SliceMasks]) -> int:
     ----------
     https://github.com/imagej/ImageJ, ``ij/io/RoiEncoder.java``
     """
+    return write_named_rois(path, (mask for found in slices for mask in _named(found)))
+
+
+def write_named_rois(path: Path, masks: Iterable[NamedMask]) -> int:
+    """Write masks, which have different names, in the order in which they come; see `write_rois`."""
     count = 0
     with published(path) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
-        for found in slices:
-            if max(found.slice_hw) > LONGEST_SIDE_PX:
+        for named in masks:
+            if max(named.mask.window.y1, named.mask.window.x1) > LONGEST_SIDE_PX:
                 raise InvalidArgumentError(
-                    f"slices of {found.slice_hw[0]} x {found.slice_hw[1]} px: the ROIs of ImageJ reach "
-                    f"{LONGEST_SIDE_PX} px; choose another format"
+                    f"{named.name}: a mask at {named.mask.window}: the ROIs of ImageJ reach {LONGEST_SIDE_PX} px; "
+                    "choose another format"
                 )
-            named: dict[int, int] = {}
-            for mask, number in zip(found.masks, found.ids.tolist(), strict=True):
-                named[number] = named.get(number, 0) + 1
-                name = f"z{found.z:04d}-{number:05d}" + (f"-{named[number]}" if named[number] > 1 else "")
-                member = zipfile.ZipInfo(f"{name}.roi", _EPOCH)
-                archive.writestr(member, make_roi(mask, name, found.z).tobytes(), zipfile.ZIP_DEFLATED)
-                count += 1
+            roi = make_roi(named.mask, named.name, named.z)
+            archive.writestr(zipfile.ZipInfo(f"{named.name}.roi", _EPOCH), roi.tobytes(), zipfile.ZIP_DEFLATED)
+            count += 1
     return count
+
+
+def _named(found: SliceMasks) -> Iterator[NamedMask]:
+    """Name the masks of a slice after their objects."""
+    times: dict[int, int] = {}
+    for mask, number in zip(found.masks, found.ids.tolist(), strict=True):
+        times[number] = times.get(number, 0) + 1
+        again = f"-{times[number]}" if times[number] > 1 else ""
+        yield NamedMask(f"z{found.z:04d}-{number:05d}{again}", found.z, mask)
 
 
 def make_roi(mask: RunLengths, name: str, z: int) -> ImagejRoi:

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from mask_shapes import SLICE_HW, any_mask, encoded, letter_shapes, slice_of
 
 from dendsam_deploy.errors import InvalidArgumentError
+from dendsam_deploy.geometry import Window
+from dendsam_deploy.instances import RunLengths
 from dendsam_deploy.volume.exported_masks import SliceMasks
 from dendsam_deploy.volume.imagej_rois import make_roi, write_rois
 from dendsam_deploy.volume.outlines import signed_area_px
@@ -56,9 +58,10 @@ def test_equal_masks_give_equal_bytes(tmp_path) -> None:
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
 
 
-def test_slices_beyond_the_reach_of_rois_are_refused(tmp_path) -> None:
-    wide = SliceMasks(0, (10, 40000), (), np.zeros(0, np.int64), np.zeros(0))
-    with pytest.raises(InvalidArgumentError, match="40000 px"):
+def test_masks_beyond_the_reach_of_rois_are_refused(tmp_path) -> None:
+    far = RunLengths.from_mask(np.ones((2, 2), bool), Window(0, 39000, 2, 2))
+    wide = SliceMasks(0, (10, 40000), (far,), np.ones(1, np.int64), np.ones(1))
+    with pytest.raises(InvalidArgumentError, match="reach 32767 px"):
         write_rois(tmp_path / "a.zip", [wide])
     assert not list(tmp_path.iterdir())
 

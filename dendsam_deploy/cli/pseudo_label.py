@@ -1,0 +1,127 @@
+"""``pseudo-label``: masks good enough to train on next."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import click
+
+from dendsam_deploy.cli.console import CheckFailedError
+from dendsam_deploy.cli.options import (
+    PATH,
+    RUNTIME,
+    SLICES,
+    VOXEL_SIZE,
+    Settings,
+    bundle_option,
+    command,
+    json_option,
+    output_option,
+    runtime_options,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dendsam_deploy.cli.console import Console
+    from dendsam_deploy.evaluate.mask_choice import Share
+    from dendsam_deploy.evaluate.pseudo_labels import PseudoLabels
+
+SETTINGS = Settings("dendsam_deploy.evaluate.pseudo_labels:PseudoLabelOptions")
+
+FORMATS = click.Choice(["tif", "ome-zarr"])
+PART = click.FloatRange(0, 1)
+
+
+@command("pseudo-label", "pseudo-label ca1.tif -b exports/ca1 -o ca1-pseudo --truth ca1-labels.tif --truth-slices 0:8")
+@click.argument("volume", type=PATH)
+@bundle_option
+@output_option("Folder of the result, or a .tif beside which it lies.", required=True)
+@SETTINGS.option("--slices", "slices", SLICES, "Look only at these slices.")
+@SETTINGS.option("--truth", "truth", PATH, "Labels of the volume, to choose the thresholds by.")
+@SETTINGS.option("--truth-slices", "truth_slices", SLICES, "Slices labelled there.  [default: those that show objects]")
+@SETTINGS.option("--wanted-precision", "precision", float, "Wanted part of right masks among the kept.  [default: 0.9]")
+@SETTINGS.option("--right-iou", "right_iou", float, "IoU with an object of the truth from which a mask is right.")
+@SETTINGS.option("--background-label", "background_labels", [int], "Label of the truth that is no object. Repeatable.")
+@SETTINGS.flag("--sparse-truth", "sparse_truth", "The truth shows only some objects: judge no masks that meet none.")
+@SETTINGS.option("--least-score", "least_score", PART, "Least detection score.  [default: chosen, or 0.5]")
+@SETTINGS.option("--least-iou", "least_predicted_iou", PART, "Least predicted IoU.  [default: chosen, or 0.75]")
+@SETTINGS.option("--least-stability", "least_stability", PART, "Least stability.  [default: chosen, or 0.85]")
+@SETTINGS.option("--least-agreement", "least_agreement", PART, "Least agreement.  [default: chosen, or 0.5]")
+@SETTINGS.option("--jitter", "jitter_fraction", float, "Error of the boxes that measure stability, part of the side.")
+@SETTINGS.option("--repeats", "jitter_repeats", click.IntRange(1), "Number of such boxes for each mask.")
+@SETTINGS.option("--seed", "seed", click.IntRange(0), "Source of these errors.")
+@click.option("--boxes", type=PATH, help="Boxes in place of the detector's: folder of YOLO txt files, CSV, or labels.")
+@SETTINGS.option("--score", "detection_score", float, "Score from which boxes are looked at.  [default: the bundle's]")
+@SETTINGS.option("--nms", "nms_iou", float, "Largest IoU of two boxes of a slice.  [default: the bundle's]")
+@SETTINGS.option("--min-area", "min_area_px", float, "Least area in a slice, px.  [default: the bundle's]")
+@SETTINGS.option("--format", "format", FORMATS, "Format of the labels.  [default: that of the volume]")
+@SETTINGS.option("--voxel-size", "voxel_size_nm", VOXEL_SIZE, "nm, in place of what the file records.")
+@SETTINGS.option("--zoom", "zoom", float, "Model px per slice px.  [default: from the pixel sizes]")
+@SETTINGS.flag("--restart", "restart", "Find the masks anew instead of resuming an earlier run in that folder.")
+@runtime_options
+@json_option
+@click.pass_context
+def pseudo_label(
+    context: click.Context, volume: Path, *, bundle: Path | None, out: Path, boxes: Path | None, json_file: Path | None
+) -> None:
+    """Label VOLUME with masks that are good enough to train on.
+
+    A mask is kept by its detection score, its predicted IoU, its stability when the box is a little wrong, and its
+    agreement with the neighbouring slices. With --truth the thresholds are those that keep most masks at the wanted
+    precision; exit 1 where there are none. The folder gets the labels (0 is unlabelled, not background), masks.csv with
+    the provenance of every mask, and a review list, worst first: review.html, review.csv and review-rois.zip for
+    ImageJ. The masks are found once: the same command with other thresholds chooses among them anew.
+    """
+    from dendsam_deploy.bundle.bundle import Bundle, find_bundle
+    from dendsam_deploy.evaluate.pseudo_labels import PseudoLabelOptions, pseudo_label_volume
+    from dendsam_deploy.report.review_page import write_review_page
+    from dendsam_deploy.runtimes.session import SessionOptions, open_session
+    from dendsam_deploy.volume.boxes import open_boxes
+    from dendsam_deploy.volume.open import open_volume
+
+    console: Console = context.obj
+    options = PseudoLabelOptions(out=out, **SETTINGS.given(context))
+    opened = Bundle.open(bundle or find_bundle())
+    with ExitStack() as stack:
+        raw = stack.enter_context(open_volume(volume, options.voxel_size_nm))
+        if boxes is not None:
+            options = replace(options, boxes=stack.enter_context(open_boxes(boxes, raw.info.shape_zyx)))
+        with console.progress() as progress:
+            wishes = SessionOptions(**RUNTIME.given(context), progress=progress)
+            session = stack.enter_context(open_session(opened, wishes))
+        console.note(session.description)
+        with console.progress() as progress:
+            result = pseudo_label_volume(volume, session, options, progress)
+        write_review_page(result, raw)
+    for notice in result.notices:
+        console.note(notice)
+    console.result(summary(result), result.to_document(), json_file)
+    if result.choice is not None and not result.reached:
+        raise CheckFailedError(
+            f"{result.out}: no thresholds keep enough masks at a precision of {result.choice.wanted:g}; no labels were "
+            "written. Lower --wanted-precision, train longer, or label more slices"
+        )
+
+
+def summary(result: PseudoLabels) -> str:
+    """Say in a few lines what was kept and how right it is."""
+    lines = [
+        f"{result.out}: {result.kept} of {result.masks} masks kept in slices {result.slices[0]}:{result.slices[1]}",
+        f"kept are   {result.criteria}",
+    ]
+    if result.choice is not None:
+        choice = result.choice
+        lines.append(f"all masks  {share_text(choice.everything)}")
+        lines.append(f"chosen on  {share_text(choice.chosen_on)}")
+        if choice.left_out is not None:
+            lines.append(f"left out   {share_text(choice.left_out)}, on slices that did not choose")
+    return "\n".join(lines)
+
+
+def share_text(share: Share) -> str:
+    """Write a precision with its interval."""
+    low, high = share.interval
+    return f"{share.right} of {share.kept} right, precision {share.precision:.3f} ({low:.3f} to {high:.3f})"

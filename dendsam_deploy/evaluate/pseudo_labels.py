@@ -1,0 +1,398 @@
+"""`pseudo-label`: masks of a volume that are good enough to train on, with provenance and a review list."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dendsam_deploy.durable import make_folder, storage_errors
+from dendsam_deploy.errors import InvalidArgumentError, VolumeError
+from dendsam_deploy.evaluate.mask_choice import JudgedMasks, MaskChoice, MaskCriteria, choose_criteria
+from dendsam_deploy.evaluate.mask_table import JudgingOptions, collect_masks, judge_masks, separate_twins
+from dendsam_deploy.evaluate.pseudo_files import (
+    REVIEW_PAGE,
+    RUN_FOLDER,
+    ChosenMasks,
+    write_mask_tables,
+    write_pseudo_labels,
+)
+from dendsam_deploy.pipeline.job import SegmentOptions
+from dendsam_deploy.pipeline.journal import JOURNAL_FILE, LABEL_FILES, fingerprint_of
+from dendsam_deploy.pipeline.scored_masks import ScoringOptions, score_masks
+from dendsam_deploy.pipeline.stability import JitterOptions
+from dendsam_deploy.progress import no_progress
+from dendsam_deploy.volume.open import open_labels, open_volume
+from dendsam_deploy.volume.pseudo_record import RECORD_FILE, PseudoRecord, pseudo_folder
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dendsam_deploy.evaluate.mask_table import MaskTable
+    from dendsam_deploy.pipeline.finish import LabelFormat
+    from dendsam_deploy.pipeline.scored_masks import ScoredVolume
+    from dendsam_deploy.progress import ProgressCallback
+    from dendsam_deploy.runtimes.session import Session
+    from dendsam_deploy.volume.boxes import BoxSource
+    from dendsam_deploy.volume.volume import VolumeInfo
+
+_DEFAULTS = MaskCriteria()
+
+DEFAULT_PRECISION = 0.9
+"""Wanted where there is truth and nothing else is said."""
+
+
+@dataclass(frozen=True, slots=True)
+class PseudoLabelOptions:
+    """How pseudo-labels are made; None takes what the bundle's manifest or the volume says.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the result; a name that ends with ``.tif`` is that of the labels, and the rest lies beside it in a
+        folder ``NAME.pseudo``.
+    slices : (int, int) or None
+        Slices to look at, half-open; None takes all.
+    detection_score, nms_iou, min_area_px, zoom, voxel_size_nm, boxes
+        As in `SegmentOptions`.
+    format : {"tif", "ome-zarr"} or None
+        Format of the labels; None takes that of the volume.
+    least_score, least_predicted_iou, least_stability, least_agreement : float or None
+        Least values of a mask that is kept, see `MaskCriteria`, whose defaults hold for None where there is no truth to
+        choose them by.
+    jitter_repeats, jitter_fraction, seed
+        How wrong boxes are drawn to measure the stability, see `JitterOptions`.
+    truth : Path or None
+        Labels of the volume, or of some of its slices, to choose the thresholds by.
+    truth_slices : (int, int) or None
+        Slices whose truth is complete; None takes those that show an object of it.
+    precision : float or None
+        Wanted part of right masks among those that are kept; None wants `DEFAULT_PRECISION` where there is truth.
+    right_iou, background_labels, sparse_truth
+        When a mask is right, see `JudgingOptions`.
+    restart : bool
+        Discard the masks of an earlier run in the same folder instead of resuming it.
+    """
+
+    out: Path
+    slices: tuple[int, int] | None = None
+    detection_score: float | None = None
+    nms_iou: float | None = None
+    min_area_px: float | None = None
+    zoom: float | None = None
+    voxel_size_nm: tuple[float, float, float] | None = None
+    boxes: BoxSource | None = None
+    format: LabelFormat | None = None
+    least_score: float | None = None
+    least_predicted_iou: float | None = None
+    least_stability: float | None = None
+    least_agreement: float | None = None
+    jitter_repeats: int = JitterOptions().repeats
+    jitter_fraction: float = JitterOptions().fraction
+    seed: int = 0
+    truth: Path | None = None
+    truth_slices: tuple[int, int] | None = None
+    precision: float | None = None
+    right_iou: float = JudgingOptions().right_iou
+    background_labels: tuple[int, ...] = ()
+    sparse_truth: bool = False
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        if self.truth is None and (self.precision is not None or self.truth_slices is not None):
+            raise InvalidArgumentError("a precision is measured on labelled slices: give their labels as truth, too")
+        if self.precision is not None and not 0 < self.precision <= 1:
+            raise InvalidArgumentError(f"the wanted precision is {self.precision}, expected more than 0 and at most 1")
+        MaskCriteria(**self.given_thresholds())
+        self.judging()
+        self.jitter()
+
+    def given_thresholds(self) -> dict[str, float]:
+        """Return the thresholds that were given, by the names that they have in `MaskCriteria`."""
+        given = {field.name: getattr(self, f"least_{field.name}") for field in fields(MaskCriteria)}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def judging(self) -> JudgingOptions:
+        """Return when a mask is right."""
+        return JudgingOptions(self.right_iou, self.background_labels, self.sparse_truth)
+
+    def jitter(self) -> JitterOptions:
+        """Return how wrong boxes are drawn."""
+        return JitterOptions(self.jitter_repeats, self.jitter_fraction, self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class PseudoLabels:
+    """What `pseudo_label_volume` did.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the result.
+    labels : Path or None
+        The labels; None where the wanted precision was not reached, and nothing was kept.
+    slices : (int, int)
+        Slices that were looked at, half-open.
+    masks, kept : int
+        Masks that were found, and those that were kept.
+    criteria : MaskCriteria
+        What kept them.
+    choice : MaskChoice or None
+        How the thresholds were chosen; None without truth.
+    fingerprint : str
+        Digest of everything that decides the result.
+    notices : tuple of str
+        What a careful person should know.
+    """
+
+    out: Path
+    labels: Path | None
+    slices: tuple[int, int]
+    masks: int
+    kept: int
+    criteria: MaskCriteria
+    choice: MaskChoice | None
+    fingerprint: str
+    notices: tuple[str, ...]
+
+    @property
+    def reached(self) -> bool:
+        """Whether the wanted precision was reached; true where none was asked for."""
+        return self.choice is None or self.choice.reached
+
+    def to_document(self) -> dict[str, Any]:
+        """Return the result as JSON values, with the keys of ``pseudo-label --json``."""
+        return {
+            "out": str(self.out),
+            "labels": None if self.labels is None else str(self.labels),
+            "slices": list(self.slices),
+            "masks": self.masks,
+            "kept": self.kept,
+            "criteria": asdict(self.criteria),
+            "reached": self.reached,
+            "choice": None if self.choice is None else self.choice.to_document(),
+            "fingerprint": self.fingerprint,
+            "notices": list(self.notices),
+        }
+
+
+def pseudo_label_volume(
+    volume_path: Path | str, session: Session, options: PseudoLabelOptions, progress: ProgressCallback = no_progress
+) -> PseudoLabels:
+    """Find the masks of a volume, keep those that are good enough to train on, and write them with their provenance.
+
+    The masks are found once: run again with other thresholds or another truth, the call chooses anew among them. An
+    interrupted call goes on where it stopped. The result is finished when its record, ``pseudo.json``, is there.
+
+    Parameters
+    ----------
+    volume_path : Path or str
+        The volume.
+    session : Session
+        An open session.
+    options : PseudoLabelOptions
+        How.
+    progress : callable
+        Told about every slice.
+
+    Raises
+    ------
+    VolumeError
+        Where the volume or the truth cannot be read.
+    InvalidArgumentError
+        For options that do not fit the volume, or an output folder that holds something else.
+    MissingCapabilityError
+        Where neither boxes nor a detector are there.
+    IncompleteRunError
+        When interrupted; what is finished is kept.
+    StorageError
+        Where the file system refuses.
+    """
+    path, folder = Path(volume_path), pseudo_folder(options.out)
+    with ExitStack() as stack:
+        volume = stack.enter_context(open_volume(path, options.voxel_size_nm))
+        looked_at = range(*(options.slices or (0, volume.info.shape_zyx[0])))
+        judged = _judged_slices(options, looked_at)
+        truth = None
+        if options.truth is not None:
+            truth = stack.enter_context(open_labels(options.truth))
+            _check_shape(truth.info, volume.info)
+        _begin(folder)
+        scored = score_masks(path, volume, session, _scoring(options, folder), progress)
+        table = collect_masks(scored, progress)
+        truth_iou, choice = np.full(len(table), np.nan), None
+        labelled: tuple[int, ...] = ()
+        if truth is not None:
+            truth_iou, labelled = judge_masks(table, scored, truth, judged, options.judging())
+            choice = _choose(table, truth_iou, options)
+        criteria = _criteria(options) if choice is None else choice.criteria
+        kept = criteria.keeps(table.qualities) & (choice is None or choice.reached)
+        masks = ChosenMasks(
+            table,
+            scored,
+            criteria,
+            kept,
+            separate_twins(table, scored, kept),
+            truth_iou,
+            _bundle_digest(scored),
+            "" if choice is None or choice.reached else "the wanted precision was not reached",
+        )
+        labels = None
+        if choice is None or choice.reached:
+            labels = _publish(masks, volume.info, options, progress)
+        else:
+            _remove_labels(folder)
+    first, stop = looked_at.start, looked_at.stop
+    fingerprint = fingerprint_of(
+        {"masks": scored.journal.header.fingerprint, "criteria": asdict(criteria), "slices": [first, stop]}
+    )
+    result = PseudoLabels(
+        folder, labels, (first, stop), len(table), int(kept.sum()), criteria, choice, fingerprint,
+        _notices(session, choice, table, kept),
+    )  # fmt: skip
+    write_mask_tables(folder, masks)
+    if labels is not None:
+        _record(result, masks, path, volume.info, labelled).write(folder)
+    return result
+
+
+def _judged_slices(options: PseudoLabelOptions, looked_at: range) -> range | None:
+    """Return the slices whose truth is said to be complete; None where nothing is said."""
+    if options.truth_slices is None:
+        return None
+    first, stop = options.truth_slices
+    if not looked_at.start <= first < stop <= looked_at.stop:
+        raise InvalidArgumentError(
+            f"the truth slices {first}:{stop} are not among the slices {looked_at.start}:{looked_at.stop} that are "
+            "looked at; name some of these"
+        )
+    return range(first, stop)
+
+
+def _check_shape(truth: VolumeInfo, volume: VolumeInfo) -> None:
+    """Raise where the truth is not that of the volume."""
+    if truth.shape_zyx != volume.shape_zyx:
+        raise VolumeError(
+            f"{truth.source}: its shape {truth.shape_zyx} (z, y, x) differs from {volume.shape_zyx} of "
+            f"{volume.source}; give the labels of the same volume, with zeros where slices are not labelled"
+        )
+
+
+def _begin(folder: Path) -> None:
+    """Open the folder of the result; its old record goes first, since what follows may differ from it.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Where it holds something else.
+    """
+    is_ours = (folder / RUN_FOLDER / JOURNAL_FILE).is_file() or (folder / RECORD_FILE).is_file()
+    if folder.exists() and not is_ours:
+        only_begun = folder.is_dir() and all(entry.name == RUN_FOLDER for entry in folder.iterdir())
+        if not only_begun:
+            raise InvalidArgumentError(f"{folder}: exists and holds no pseudo-labels; choose another --out")
+    make_folder(folder)
+    with storage_errors(folder):
+        (folder / RECORD_FILE).unlink(missing_ok=True)
+        (folder / REVIEW_PAGE).unlink(missing_ok=True)
+
+
+def _scoring(options: PseudoLabelOptions, folder: Path) -> ScoringOptions:
+    """Return how the masks are found and examined."""
+    segment = SegmentOptions(
+        out=folder / RUN_FOLDER,
+        slices=options.slices,
+        detection_score=options.detection_score,
+        nms_iou=options.nms_iou,
+        min_area_px=options.min_area_px,
+        format="tif",  # of no labels that are written there, so that it is no difference between runs
+        voxel_size_nm=options.voxel_size_nm,
+        zoom=options.zoom,
+        boxes=options.boxes,
+        restart=options.restart,
+    )
+    return ScoringOptions(segment, options.jitter())
+
+
+def _criteria(options: PseudoLabelOptions) -> MaskCriteria:
+    """Return the thresholds without any truth."""
+    return MaskCriteria(**{**asdict(_DEFAULTS), **options.given_thresholds()})
+
+
+def _choose(table: MaskTable, truth_iou: NDArray[np.float64], options: PseudoLabelOptions) -> MaskChoice:
+    """Choose the thresholds by the masks whose truth is known."""
+    known = ~np.isnan(truth_iou)
+    judged = JudgedMasks(table.z[known], table.qualities[known], truth_iou[known] >= options.right_iou)
+    wanted = DEFAULT_PRECISION if options.precision is None else options.precision
+    return choose_criteria(judged, wanted, options.given_thresholds())
+
+
+def _publish(masks: ChosenMasks, info: VolumeInfo, options: PseudoLabelOptions, progress: ProgressCallback) -> Path:
+    """Write the labels and return where they are."""
+    folder = pseudo_folder(options.out)
+    label_format = options.format or ("ome-zarr" if info.format in ("zarr", "ome-zarr") else "tif")
+    if folder != options.out and label_format != "tif":
+        raise InvalidArgumentError(f"{options.out}: the name is that of a TIFF; drop the suffix, or write a TIFF")
+    path = options.out if folder != options.out else folder / LABEL_FILES[label_format]
+    write_pseudo_labels(path, masks, info, label_format, progress)
+    return path
+
+
+def _remove_labels(folder: Path) -> None:
+    """Remove the labels of an earlier call, whose thresholds hold no longer."""
+    with storage_errors(folder):
+        for path in (folder / name for name in LABEL_FILES.values()):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _record(
+    result: PseudoLabels, masks: ChosenMasks, volume: Path, info: VolumeInfo, labelled: tuple[int, ...]
+) -> PseudoRecord:
+    """Return what the folder says about itself."""
+    if result.labels is None:
+        raise InvalidArgumentError(f"{result.out}: holds no labels, so there is nothing to record")
+    of_slice, counts = np.unique(masks.table.z[masks.kept], return_counts=True)
+    inside = result.labels.parent == result.out
+    return PseudoRecord(
+        labels=result.labels.name if inside else f"../{result.labels.name}",
+        volume=str(volume),
+        shape_zyx=info.shape_zyx,
+        slices=result.slices,
+        kept_masks=dict(zip(of_slice.tolist(), counts.tolist(), strict=True)),
+        bundle=str(masks.scored.journal.header.settings["bundle"]["name"]),
+        bundle_sha256=masks.bundle_sha256,
+        fingerprint=result.fingerprint,
+        criteria=asdict(result.criteria),
+        truth_slices=labelled,
+        choice=None if result.choice is None else result.choice.to_document(),
+    )
+
+
+def _bundle_digest(scored: ScoredVolume) -> str:
+    """Return one digest of all graphs that took part."""
+    return fingerprint_of(scored.journal.header.settings["bundle"]["graphs"])
+
+
+def _notices(session: Session, choice: MaskChoice | None, table: MaskTable, kept: NDArray[np.bool_]) -> tuple[str, ...]:
+    """Say what a careful person should know about the result."""
+    notices = []
+    if not session.is_proven:
+        notices.append("the bundle is unproven on this engine, device and precision; run `dendsam-deploy verify` on it")
+    if choice is None:
+        notices.append("the precision of the kept masks is not known; give --truth to choose thresholds by it")
+    elif choice.reached and choice.left_out is None:
+        notices.append(
+            "the precision is that of the one slice that chose the thresholds; more labelled slices would tell whether "
+            "it holds elsewhere"
+        )
+    if len(table) and np.isnan(table.qualities[:, 3]).any():
+        notices.append("some masks have no neighbouring slice and were not asked for agreement")
+    if not len(table):
+        notices.append("no mask was found at all; check the boxes, the detection score and the scale")
+    elif not kept.any() and (choice is None or choice.reached):
+        notices.append("no mask was good enough; lower the thresholds, or look at review.html")
+    return tuple(notices)
