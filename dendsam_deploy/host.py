@@ -127,6 +127,13 @@ def gpu_memory_in_use_mb(index: int) -> float | None:
         return float(memory[2]) / 1e6
 
 
+def gpu_name(index: int) -> str | None:
+    """Return the name of an NVIDIA GPU as this process counts them; None where that cannot be known."""
+    names, _ = _nvidia_gpus()
+    physical = _physical_index(index, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return names[physical] if physical is not None and physical < len(names) else None
+
+
 def _physical_index(index: int, visible: str | None) -> int | None:
     """Return the number of a GPU among all of the machine; None where the visible ones are named in another way.
 

@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from dendsam_deploy import host
-from dendsam_deploy.host import differences, examine_host, gpu_memory_in_use_mb
+from dendsam_deploy.host import differences, examine_host, gpu_memory_in_use_mb, gpu_name
 
 
 def test_facts_are_plain_values_without_names_of_places() -> None:
@@ -62,3 +62,12 @@ def test_gpus_are_counted_as_this_process_sees_them(index, visible, physical) ->
 
 def test_a_gpu_that_is_not_there_has_no_memory() -> None:
     assert gpu_memory_in_use_mb(99) is None
+    assert gpu_name(99) is None
+
+
+def test_a_gpu_is_named_as_the_process_counts_it(monkeypatch):
+    monkeypatch.setattr(host, "_nvidia_gpus", lambda: (("small", "large"), "580"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [gpu_name(index) for index in range(3)] == ["small", "large", None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert [gpu_name(index) for index in range(2)] == ["large", None]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import types
 import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dendsam_deploy.bundle.manifest import Precision  # noqa: TC001  the fields' types are read when a file is
 from dendsam_deploy.bundle.parity import Combination
+from dendsam_deploy.bundle.records import RecordError, object_from_json, record_from_json
 from dendsam_deploy.errors import InputFileError
 
 if TYPE_CHECKING:
@@ -329,45 +328,11 @@ def latency_from_json(text: str, source: str) -> LatencyReport:
         Names the file and what is wrong with it.
     """
     try:
-        document = json.loads(text)
-        version = document.pop("schema_version")
-        if version != SCHEMA_VERSION:
-            raise ValueError(f"schema version {version!r}, this program reads {SCHEMA_VERSION}")
-        return typing.cast("LatencyReport", _record(LatencyReport, document))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        detail = " ".join(str(error).split())
+        document = object_from_json(text)
+        if (version := document.pop("schema_version", None)) != SCHEMA_VERSION:
+            raise RecordError(f"schema version {version!r}, this program reads {SCHEMA_VERSION}")
+        return record_from_json(LatencyReport, document, "report", is_strict=False)
+    except RecordError as error:
         raise InputFileError(
-            f"{source}: not a report of `dendsam-deploy benchmark` ({type(error).__name__}: {detail}); measure again"
+            f"{source}: not a report of `dendsam-deploy benchmark` ({error}); measure again"
         ) from error
-
-
-def _record(kind: type[Any], document: dict[str, Any]) -> object:
-    """Build a dataclass from JSON values; keys that a later version added are passed over."""
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    return kind(**{name: _value(hints[name], document[name], name) for name in fields if name in document})
-
-
-def _value(hint: object, value: Any, name: str) -> object:  # noqa: ANN401 - whatever JSON holds
-    """Convert one JSON value to the annotated type."""
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # a Literal or None makes the second
-        return (
-            None if value is None else _value(next(kind for kind in arguments if kind is not type(None)), value, name)
-        )
-    if typing.get_origin(hint) is tuple:
-        return tuple(_value(arguments[0], item, name) for item in value)
-    if dataclasses.is_dataclass(hint):
-        return _record(typing.cast("type[Any]", hint), value)
-    if typing.get_origin(hint) is Literal:
-        if value not in arguments:
-            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, arguments))}")
-        return value
-    if hint is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name} is {value!r}, expected a number")
-        return float(value)
-    wanted = typing.get_origin(hint) or hint
-    if not isinstance(value, typing.cast("type", wanted)) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{name} is {value!r}, expected {getattr(wanted, '__name__', wanted)}")
-    return value

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import types
-import typing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from dendsam_deploy.bundle.records import RecordError, object_from_json, record_from_json
 from dendsam_deploy.errors import BundleError
 
 SCHEMA_VERSION = 2
@@ -169,60 +167,16 @@ class Manifest:
             Names `source`, the offending key, what was found and what was expected.
         """
         try:
-            document = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise BundleError(f"{source}: not JSON ({error}); export the bundle again") from error
-        version = document.get("schema_version") if isinstance(document, dict) else None
+            document = object_from_json(text)
+        except RecordError as error:
+            raise BundleError(f"{source}: {error}; export the bundle again") from error
+        version = document.get("schema_version")
         if version != SCHEMA_VERSION:
             raise BundleError(
                 f"{source}: schema version {version!r}, this program reads {SCHEMA_VERSION}; "
                 "export the bundle again or use the version of dendsam-deploy that wrote it"
             )
-        return typing.cast("Manifest", _record_from_json(cls, document, source, "manifest"))
-
-
-def _record_from_json(kind: type[Any], value: object, source: str, where: str) -> object:
-    """Build a dataclass from a JSON object; unknown and missing keys are errors."""
-    if not isinstance(value, dict):
-        raise BundleError(f"{source}: {where} is {type(value).__name__}, expected an object")
-    fields = {field.name for field in dataclasses.fields(kind)}
-    if unknown := sorted(value.keys() - fields):
-        raise BundleError(f"{source}: {where} has the unknown key {unknown[0]!r}; known are {sorted(fields)}")
-    if missing := sorted(fields - value.keys()):
-        raise BundleError(f"{source}: {where} lacks the key {missing[0]!r}")
-    hints = typing.get_type_hints(kind)
-    return kind(**{name: _value_from_json(hints[name], value[name], source, f"{where}.{name}") for name in fields})
-
-
-def _value_from_json(hint: object, value: object, source: str, where: str) -> object:
-    """Convert one JSON value to the annotated type, or say what is wrong with it."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _record_from_json(typing.cast("type[Any]", hint), value, source, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_value_from_json(arguments[0], item, source, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {str(key): _value_from_json(arguments[1], item, source, f"{where}.{key}") for key, item in value.items()}
-    if _is_plain(hint, value):
-        is_float = isinstance(value, int) and float in (hint, *arguments)
-        return float(typing.cast("float", value)) if is_float else value
-    raise BundleError(f"{source}: {where} is {value!r}, expected {_describe(hint)}")
-
-
-def _is_plain(kind: object, value: object) -> bool:
-    """Tell whether a JSON value is a finite number, string, boolean, null or word of the given type."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):  # the latter where a Literal is part of it
-        return any(_is_plain(option, value) for option in arguments)
-    if origin is Literal:
-        return value in arguments
-    if isinstance(value, bool) or not isinstance(kind, type):
-        return kind is bool
-    if kind is float:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    return kind in (int, str, type(None)) and isinstance(value, kind)
-
-
-def _describe(hint: object) -> str:
-    """Name a type the way a person would write it."""
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        try:
+            return record_from_json(cls, document, "manifest", is_strict=True)
+        except RecordError as error:
+            raise BundleError(f"{source}: {error}") from error

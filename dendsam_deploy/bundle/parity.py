@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from dendsam_deploy.bundle.manifest import PRECISIONS, Precision
+from dendsam_deploy.bundle.manifest import Precision, Role  # noqa: TC001  the fields' types are read when a file is
+from dendsam_deploy.bundle.records import RecordError, object_from_json, record_from_json
 from dendsam_deploy.errors import BundleError
 
 if TYPE_CHECKING:
@@ -102,6 +102,32 @@ class NotJudged:
 
 
 @dataclass(frozen=True, slots=True)
+class CompiledGraph:
+    """The compiled engine that a judgement was made with. To compile a graph again gives another engine.
+
+    Parameters
+    ----------
+    engine, device, precision : str
+        The combination.
+    role : str
+        The graph.
+    sha256 : str
+        Digest of the engine.
+    """
+
+    engine: str
+    device: str
+    precision: Precision
+    role: Role
+    sha256: str
+
+    @property
+    def combination(self) -> Combination:
+        """What the bundle ran on."""
+        return Combination(self.engine, self.device, self.precision)
+
+
+@dataclass(frozen=True, slots=True)
 class ParityReport:
     """All judgements about one bundle.
 
@@ -111,10 +137,13 @@ class ParityReport:
         What was measured.
     not_judged : tuple of NotJudged
         What could not be.
+    compiled : tuple of CompiledGraph
+        What was judged of engines that compile graphs and keep the result.
     """
 
     rows: tuple[ParityRow, ...]
     not_judged: tuple[NotJudged, ...] = ()
+    compiled: tuple[CompiledGraph, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -141,7 +170,8 @@ class ParityReport:
         """Return the combinations whose proof holds on a machine.
 
         Every processor computes fp32 alike. At half precision and in 8 bits results depend on its instructions: one
-        that has none for bf16 computes in fp32 instead, and sums of 8-bit products saturate on some.
+        that has none for bf16 computes in fp32 instead, and sums of 8-bit products saturate on some. A GPU gets
+        kernels of its own at every precision, some of which have been wrong, and so only its own proof counts.
 
         Parameters
         ----------
@@ -149,7 +179,11 @@ class ParityReport:
             Takes a device and returns what `ParityRow.machine` would say about it.
         """
         machines = {row.combination: row.machine for row in self.rows}
-        return tuple(c for c in self.proven if c.precision == "fp32" or machines[c] in ("", machine_of(c.device)))
+        return tuple(
+            c
+            for c in self.proven
+            if (c.device == "cpu" and c.precision == "fp32") or machines[c] in ("", machine_of(c.device))
+        )
 
     def failures_of(
         self, engine: str | None = None, device: str | None = None, precision: Precision | None = None
@@ -166,12 +200,17 @@ class ParityReport:
         """Tell whether a combination was judged and every one of its rows passed."""
         return Combination(engine, device, precision) in self.proven
 
+    def compiled_of(self, combination: Combination) -> dict[Role, str]:
+        """Return the SHA-256 of the compiled engines that a combination was judged with, by graph."""
+        return {graph.role: graph.sha256 for graph in self.compiled if graph.combination == combination}
+
     def merged_into(self, earlier: ParityReport) -> ParityReport:
         """Return the earlier report with what this one says about a combination in place of what that one said."""
         told = {*self.combinations, *(row.combination for row in self.not_judged)}
         return ParityReport(
             tuple(row for row in earlier.rows if row.combination not in told) + self.rows,
             tuple(row for row in earlier.not_judged if row.combination not in told) + self.not_judged,
+            tuple(graph for graph in earlier.compiled if graph.combination not in told) + self.compiled,
         )
 
     def to_document(self) -> dict[str, Any]:
@@ -183,6 +222,7 @@ class ParityReport:
             "passed": self.passed,
             "rows": rows,
             "not_judged": [dataclasses.asdict(row) for row in self.not_judged],
+            "compiled": [dataclasses.asdict(graph) for graph in self.compiled],
         }
 
 
@@ -208,16 +248,38 @@ def parity_from_json(text: str, manifest: Manifest, source: str) -> ParityReport
     BundleError
         Where the file is not what `parity_to_json` writes.
     """
-    remedy = "delete it and run `dendsam-deploy verify`"
     try:
-        document = json.loads(text)
-        rows = tuple(_row_from_json(row) for row in document["rows"])
-        not_judged = tuple(NotJudged(**row) for row in document.get("not_judged", []))
-        subject = {"graphs": document["graphs"], "decoding": document.get("decoding")}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        detail = " ".join(str(error).split())
-        raise BundleError(f"{source}: not a parity report ({type(error).__name__}: {detail}); {remedy}") from error
-    return ParityReport(rows, not_judged) if subject == _subject(manifest) else None
+        document = object_from_json(text)
+        found = record_from_json(_File, document, "report", is_strict=False)
+        rows = tuple(_row_from_json(row, f"report.rows[{index}]") for index, row in enumerate(found.rows))
+    except RecordError as error:
+        raise BundleError(
+            f"{source}: not a parity report ({error}); delete it and run `dendsam-deploy verify`"
+        ) from error
+    if {"graphs": found.graphs, "decoding": found.decoding} != _subject(manifest):
+        return None
+    return ParityReport(rows, found.not_judged, found.compiled)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What the file holds; of a row's value it knows that it may be missing."""
+
+    graphs: dict[str, str]
+    rows: tuple[dict[str, Any], ...]
+    decoding: Any = None
+    not_judged: tuple[NotJudged, ...] = ()
+    compiled: tuple[CompiledGraph, ...] = ()
+
+
+def _row_from_json(row: dict[str, Any], where: str) -> ParityRow:
+    """Build one row; a value of null is one that was not finite, and a row without a value cannot have passed."""
+    if row.get("value", math.nan) is not None:
+        return record_from_json(ParityRow, row, where, is_strict=False)
+    found = record_from_json(ParityRow, {**row, "value": 0.0}, where, is_strict=False)
+    if found.passed:
+        raise RecordError(f"{where} cannot have passed without a value")
+    return dataclasses.replace(found, value=math.nan)
 
 
 def _subject(manifest: Manifest) -> dict[str, Any]:
@@ -227,15 +289,3 @@ def _subject(manifest: Manifest) -> dict[str, Any]:
         "graphs": {file.file: file.sha256 for graph in manifest.graphs for file in graph.files},
         "decoding": decoding | {"region_sizes": list(decoding["region_sizes"])},
     }
-
-
-def _row_from_json(row: dict[str, Any]) -> ParityRow:
-    """Build one row; a missing value becomes NaN, and a row without a finite value cannot have passed."""
-    value = math.nan if row["value"] is None else float(row["value"])
-    limit = None if row["limit"] is None else float(row["limit"])
-    result = ParityRow(**{**row, "value": value, "limit": limit})
-    if result.precision not in PRECISIONS or result.reference not in typing.get_args(Reference):
-        raise ValueError(f"unknown precision or reference in {row}")
-    if not isinstance(result.passed, bool) or (result.passed and not math.isfinite(value)):
-        raise ValueError(f"a row cannot have passed with the value {value}")
-    return result

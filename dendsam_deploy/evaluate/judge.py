@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dendsam_deploy.bundle.parity import ParityReport, ParityRow
+from dendsam_deploy.bundle.parity import CompiledGraph, ParityReport, ParityRow
 from dendsam_deploy.errors import InvalidArgumentError, ParityError
 from dendsam_deploy.evaluate.compare_boxes import candidates_missing, compare_boxes, detect
 from dendsam_deploy.evaluate.compare_frames import compare_frames
@@ -39,7 +39,7 @@ from dendsam_deploy.pipeline.decode import (
 from dendsam_deploy.pipeline.detect import DetectOptions, detect_objects
 from dendsam_deploy.pipeline.prepare import PreparedSlice
 from dendsam_deploy.runtimes.choice import machine_of
-from dendsam_deploy.runtimes.runner import share_memory
+from dendsam_deploy.runtimes.runner import compiled_sha256, share_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -102,7 +102,14 @@ def compare_session(
         except InvalidArgumentError:  # a graph broke the contract
             findings.append(Finding(2, "chain", "calls_refused", 1))
     rows = judge(findings, session, truth)
-    return ParityReport(tuple(sorted(rows, key=lambda row: row.level)))
+    return ParityReport(tuple(sorted(rows, key=lambda row: row.level)), compiled=_compiled(session))
+
+
+def _compiled(session: Session) -> tuple[CompiledGraph, ...]:
+    """Return what engines of a session compiled and kept: the judgement is about exactly that."""
+    place = (session.engine, session.device, session.precision)
+    found = {runner.spec.role: compiled_sha256(runner) for runner in session.runners}
+    return tuple(CompiledGraph(*place, role, digest) for role, digest in found.items() if digest)
 
 
 def _entered(runner: Runner) -> Runner:

@@ -111,7 +111,7 @@ def verify_bundle(
         found = _judged(subject, combination, tell)
         if not found.rows and len(combinations) == 1:
             raise MissingCapabilityError(found.not_judged[0].reason)
-        report = ParityReport(report.rows + found.rows, report.not_judged + found.not_judged)
+        report = found.merged_into(report)
         write_parity(bundle, report)
     progress(Progress("verify", total, total))
     return report
@@ -156,7 +156,7 @@ def _judged(subject: _Subject, combination: Combination, tell: Callable[[str], N
         findings = _scored(session, subject, subject.slices, combination)
     except (MissingCapabilityError, BundleError) as error:
         return ParityReport((), (NotJudged(*combination, reason=str(error)),))
-    return ParityReport(report.rows + judge(findings, session, subject.truth))
+    return replace(report, rows=report.rows + judge(findings, session, subject.truth))
 
 
 def _scored(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +11,8 @@ from dendsam_deploy.bundle.latency import BENCHMARK_FILE, graph_digests, latency
 from dendsam_deploy.bundle.manifest import PRECISIONS
 from dendsam_deploy.bundle.parity import Combination
 from dendsam_deploy.errors import InputFileError, InvalidArgumentError, MissingCapabilityError
-from dendsam_deploy.host import differences, examine_host
+from dendsam_deploy.host import differences, examine_host, gpu_name
+from dendsam_deploy.runtimes.runner import gpu_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -135,12 +135,16 @@ def times_measured_here(bundle: Bundle) -> Timings:
 
 
 def machine_of(device: str) -> str:
-    """Return what computes on a device of this machine: the processor's instruction sets, or the name of the GPU."""
-    host = examine_host()
+    """Return what computes on a device of this machine: the processor's instruction sets, or the name of the GPU.
+
+    A device that this version does not know, of which a proof may tell all the same, stays what it is.
+    """
     if device == "cpu":
+        host = examine_host()
         return " ".join((host.architecture, *host.instructions))
-    index = int(device.partition(":")[2] or 0)
-    return host.gpus[index] if index < len(host.gpus) else device
+    kind, _, index = device.partition(":")
+    name = gpu_name(int(index)) if kind == "cuda" and index.isdecimal() else None
+    return name or device
 
 
 def _is_wished(place: tuple[str, str], wishes: SessionOptions) -> bool:
@@ -238,10 +242,8 @@ def _devices(wish: str) -> dict[str, str]:
     """Return kind -> name of the devices that a wish allows."""
     if wish == "auto":
         return {"cuda": "cuda:0", "cpu": "cpu"}
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", wish)
-    if match is None:
-        raise InvalidArgumentError(f"device {wish!r} is unknown; choose cpu, cuda or cuda:N")
-    return {"cpu": "cpu"} if wish == "cpu" else {"cuda": f"cuda:{int(match[1] or 0)}"}
+    gpu = gpu_of(wish)
+    return {"cpu": "cpu"} if gpu is None else {"cuda": f"cuda:{gpu}"}
 
 
 def _precisions(manifest: Manifest, wish: Precision | None) -> tuple[Precision, ...]:

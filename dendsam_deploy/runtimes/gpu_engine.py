@@ -107,6 +107,7 @@ class EngineRunner:
         self._profiles = make_profiles(spec)
         self._cache = EngineCache(path.parent, self._options.trusted)
         self._stored: StoredEngine | None = None
+        self._digest: str | None = None
         self._execution: EngineExecution | None = None
 
     @property
@@ -120,6 +121,11 @@ class EngineRunner:
         if self._stored is None:
             raise not_open(self._path)
         return self._stored
+
+    @property
+    def compiled_sha256(self) -> str | None:
+        """Digest of the compiled engine that was opened last; None before the first time."""
+        return self._digest
 
     @property
     def recordings(self) -> int:
@@ -169,7 +175,7 @@ class EngineRunner:
         stored = self._cache.obtain(identity, lambda: self._build(identity, gpu))
         load = LoadOptions(self._profiles, self._gpu, self._options.time_limit_s, self._options.is_recording)
         self._execution = EngineExecution(stored.built.plan, self._path, self.spec, load)
-        self._stored = stored
+        self._stored, self._digest = stored, stored.sha256
         return self
 
     def __exit__(

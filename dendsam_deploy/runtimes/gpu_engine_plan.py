@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, cast
 import numpy as np
 
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError
+from dendsam_deploy.runtimes.runner import gpu_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping
@@ -134,12 +135,10 @@ def gpu_index(device: str) -> int:
     InvalidArgumentError
         For any other spelling.
     """
-    match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
-    if match is None:
-        raise InvalidArgumentError(f"device {device!r} is unknown; choose cpu, cuda or cuda:N")
-    if device == "cpu":
+    gpu = 0 if device == "auto" else gpu_of(device)
+    if gpu is None:
         raise MissingCapabilityError("device cpu: the engine tensorrt runs on NVIDIA GPUs; choose --device cuda")
-    return int(match[1] or 0)
+    return gpu
 
 
 @dataclass(frozen=True, slots=True)

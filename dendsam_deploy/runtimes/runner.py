@@ -162,6 +162,12 @@ def keeps_tensors(runner: Runner) -> TypeGuard[ResidentRunner]:
     return hasattr(runner, "run_into")
 
 
+def compiled_sha256(runner: Runner) -> str | None:
+    """Return the digest of the compiled engine that a runner executes or executed; None for those that keep none."""
+    digest: str | None = getattr(runner, "compiled_sha256", None)
+    return digest
+
+
 def share_memory(*runners: Runner) -> bool:
     """Tell whether tensors can pass between runners without leaving the device."""
     places = {(runner.engine, runner.device) for runner in runners}

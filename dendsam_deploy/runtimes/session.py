@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dendsam_deploy.progress import ProgressCallback, no_progress
 from dendsam_deploy.runtimes.choice import Choice, choose, combinations_on_offer, nothing_works, times_measured_here
 from dendsam_deploy.runtimes.probe import why_not
+from dendsam_deploy.runtimes.runner import compiled_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,6 +78,8 @@ class Session:
         Why this engine, device and precision were chosen, for people; empty where the user said it.
     points : Runner or None
         Decoder for points; None where it was not asked for, or the bundle has none.
+    proven_engines : mapping
+        SHA-256 by graph of the compiled engines that the proof was made with.
     """
 
     manifest: Manifest
@@ -87,6 +90,7 @@ class Session:
     is_proven: bool = False
     reason: str = ""
     points: Runner | None = None
+    proven_engines: Mapping[Role, str] = field(default_factory=dict)
 
     @property
     def engine(self) -> str:
@@ -118,14 +122,24 @@ class Session:
             for runner in self.runners:
                 opened.enter_context(runner)
             opened.pop_all()  # every runner is open: keep them so; after a failure, those before it were closed
-        return self
+        return self._as_opened()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with ExitStack() as closing:
-            for runner in self.runners:
-                closing.push(runner)
+        closing = ExitStack()
+        for runner in self.runners:
+            closing.push(runner)
+        closing.__exit__(kind, error, traceback)  # runners are told: of a GPU that hangs, they must not wait for it
+
+    def _as_opened(self) -> Self:
+        """Return the session as it turned out: unproven where a graph was compiled anew since it was proven."""
+        found = {runner.spec.role: digest for runner in self.runners if (digest := compiled_sha256(runner))}
+        others = [role for role, digest in found.items() if self.proven_engines.get(role) != digest]
+        if not (self.is_proven and others):
+            return self
+        reason = f"`verify` knows other compiled engines of the {' and the '.join(others)} than those here"
+        return replace(self, is_proven=False, reason=reason)
 
 
 RunnerMaker = Callable[["Path", "GraphSpec", SessionOptions], "Runner"]
@@ -227,6 +241,7 @@ def session_on(bundle: Bundle, choice: Choice, options: SessionOptions) -> Sessi
         precision=precision,
         is_proven=choice.is_proven,
         reason=choice.reason,
+        proven_engines={} if bundle.parity is None else bundle.parity.compiled_of(choice.combination),
         points=runner("points") if options.with_points else None,
     )
 

@@ -118,6 +118,26 @@ def test_a_proof_of_reduced_precision_holds_for_the_processor_that_gave_it():
     assert chosen(proven_by("abacus"), times) == ORT, "fp32 is the same everywhere"
 
 
+def test_a_proof_on_a_gpu_holds_for_that_gpu_even_at_fp32():
+    """A bundle that was verified elsewhere brings rows about a cuda:0 that is another GPU than the one here."""
+    parity = a_bundle(proven=(GPU, ORT)).parity
+    assert parity is not None
+    rows = tuple(replace(row, machine="NVIDIA RTX 5090" if row.device != "cpu" else "") for row in parity.rows)
+    verified_elsewhere = replace(a_bundle(), parity=ParityReport(rows))
+    choice = choose(verified_elsewhere, (GPU, ORT), everything_works, {})
+    assert (choice.combination, choice.is_proven) == (ORT, True)
+    choice = choose(verified_elsewhere, (GPU,), everything_works, {})
+    assert (choice.combination, choice.is_proven) == (GPU, False)
+
+
+def test_a_proof_on_a_device_of_a_later_version_is_passed_over():
+    later = ParityRow(2, "encoder", "warp", "npu:0", "bf16", "cosine", 1.0, 0.9, True, "stored", "NPU 9000")
+    parity = a_bundle(proven=(ORT,)).parity
+    assert parity is not None
+    bundle = replace(a_bundle(), parity=ParityReport((*parity.rows, later)))
+    assert chosen(bundle) == ORT
+
+
 def test_without_measurements_gpus_and_fp32_on_cpus_are_preferred():
     assert chosen(a_bundle(proven=(ORT, VINO_BF16, VINO, GPU, TRT))) == TRT
     assert chosen(a_bundle(proven=(ORT, VINO_BF16, VINO))) == VINO
@@ -177,8 +197,14 @@ def test_a_benchmark_of_this_machine_and_these_graphs_decides(tmp_path: Path):
     assert times_measured_here(bundle) == {}, "another machine"
     measured(bundle, graphs={"encoder.onnx": "0"})
     assert times_measured_here(bundle) == {}, "other graphs"
-    (tmp_path / BENCHMARK_FILE).write_text("{")
-    assert times_measured_here(bundle) == {}, "no reason not to segment"
+    measured(bundle)
+    written = (tmp_path / BENCHMARK_FILE).read_text()
+    for damaged in ("{", "[" * 100_000, written.replace("20.0", "9" * 400), written.replace("20.0", "9" * 5000), "\0"):
+        (tmp_path / BENCHMARK_FILE).write_text(damaged)
+        assert times_measured_here(bundle) == {}, "no reason not to segment"
+    (tmp_path / BENCHMARK_FILE).unlink()
+    (tmp_path / BENCHMARK_FILE).mkdir()
+    assert times_measured_here(bundle) == {}
 
 
 def test_a_gpu_that_was_not_measured_is_not_slower_than_a_processor_that_was():

@@ -22,7 +22,14 @@ from dendsam_deploy.bundle.manifest import (
     TensorSpec,
     Thresholds,
 )
-from dendsam_deploy.bundle.parity import ParityReport, ParityRow
+from dendsam_deploy.bundle.parity import (
+    Combination,
+    CompiledGraph,
+    ParityReport,
+    ParityRow,
+    parity_from_json,
+    parity_to_json,
+)
 from dendsam_deploy.errors import BundleError, InvalidArgumentError, MissingCapabilityError
 from dendsam_deploy.runtimes.runner import CallableRunner
 from dendsam_deploy.runtimes.session import Session, SessionOptions, open_session
@@ -153,3 +160,49 @@ def test_a_session_can_be_made_of_any_runners(tmp_path: Path):
     with Session(manifest, twice, thrice, None) as session:
         assert session.decoder.run({"x": np.ones(1)})["y"] == 3
         assert session.engine == "callable"
+
+
+class CompiledDouble(CallableRunner):
+    """A runner whose engine compiled its graph and kept the result, as TensorRT's does."""
+
+    def __init__(self, role: Role, sha256: str) -> None:
+        super().__init__(graph_spec(role, "fp32"), dict)
+        self.compiled_sha256 = sha256
+
+
+@pytest.mark.parametrize("stale", [(), ("encoder",), ("detector", "decoder")])
+def test_a_proof_is_about_the_engines_that_it_was_made_with(tmp_path: Path, stale: tuple[Role, ...]):
+    """To compile a graph again, for a new driver say, gives another engine: it may be wrong where the old one was not.
+
+    What is recorded survives the file, and is replaced by what a later judgement says of the same combination.
+    """
+    proven = Combination("callable", "cpu", "fp32")
+    row = ParityRow(2, "encoder", *proven, "cosine", 1.0, 0.9, True, "stored")
+    earlier = ParityReport((row,), (), tuple(CompiledGraph(*proven, role, "before") for role in ROLES))
+    report = ParityReport((row,), (), tuple(CompiledGraph(*proven, role, role * 2) for role in ROLES))
+    bundle = make_bundle(tmp_path, dict.fromkeys(ROLES, ("fp32",)))
+    text = parity_to_json(report.merged_into(earlier), bundle.manifest)
+    read = parity_from_json(text, bundle.manifest, "parity.json")
+    assert read == report
+    runners = {role: CompiledDouble(role, "anew" if role in stale else role * 2) for role in ROLES}
+    session = Session(bundle.manifest, **runners, is_proven=True, proven_engines=read.compiled_of(proven))
+    with session as opened:
+        assert opened.is_proven == (not stale)
+        assert all(role in opened.description for role in stale)
+        assert ("unproven: run" in opened.description) == bool(stale)
+    with replace(session, proven_engines={}) as opened:
+        assert not opened.is_proven, "a proof without digests is not about these engines"
+
+
+def test_runners_are_told_how_a_session_ended():
+    told = []
+
+    class Listener(CallableRunner):
+        def __exit__(self, kind, error, traceback) -> None:
+            told.append(error)
+
+    runners = [Listener(graph_spec(role, "fp32"), dict) for role in ROLES]
+    failure = MissingCapabilityError("the GPU did not answer")
+    with pytest.raises(MissingCapabilityError), Session(None, runners[1], runners[2], runners[0]):
+        raise failure
+    assert told == [failure] * 3
