@@ -29,7 +29,7 @@ from dendsam_deploy.export.draft import (
 from dendsam_deploy.export.model_card import TrainingFacts
 from dendsam_deploy.export.options import DEFAULT_THRESHOLDS, ExportOptions
 from dendsam_deploy.export.parser_support import unsupported_nodes
-from dendsam_deploy.export.precision import Rung, Tell, with_precision
+from dendsam_deploy.export.precision import Rung, Tell, check_precisions, with_precision
 from dendsam_deploy.export.reference import (
     ReferenceOptions,
     checkpoint_digest,
@@ -134,6 +134,7 @@ def _fp32_parts(
     """Read the weights, write the graphs, and let the original modules compute the reference."""
     _step(progress, "reading the weights")
     loaded = load_sam(options.sam, options.image_size_px)
+    check_precisions(loaded.sam, loaded.record.model_type, options.precisions)
     preprocessing = _preprocessing(options, loaded.record)
     weights = Weights(loaded.sam, options.detector, preprocessing, options.reference_volume)
     inputs = reference_inputs(ReferenceOptions(preprocessing.tile_size_px, options.reference_volume))

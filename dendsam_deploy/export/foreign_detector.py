@@ -20,6 +20,7 @@ _STRIDE_PX = 32
 _OLDEST_OPSET = 18  # below, some operators of the wrapping take their arguments differently
 _FULL_SCALES = {int(TensorProto.FLOAT): 1.0, int(TensorProto.FLOAT16): 1.0, int(TensorProto.UINT8): 255.0}
 _PREFIX = "detector/"
+_NUMBERS = "tiles_float"
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +230,9 @@ def _contract_graph(network: _Network, found: ForeignDetector, options: ForeignD
     """Build the bundle's detector graph around a network."""
     side, count = options.tile_size_px, found.candidates
     inner = compose.add_prefix(network.model, _PREFIX).graph
-    names = ("tile", "tile_boxes", "tile_scores") if found.one_by_one else ("tiles", "boxes", "scores")
+    names = ("tile", "tile_boxes", "tile_scores") if found.one_by_one else (_NUMBERS, "boxes", "scores")
+    # Converted before anything else is done to them: TensorRT moves no uint8.
+    converted = nodes_from_text(f"{_NUMBERS} = Cast <to = {TensorProto.FLOAT}> (tiles)")
     nodes = [
         *image_from_tiles(_network_image(network, found, options), side, names[0]),
         helper.make_node("Identity", ["image"], [_PREFIX + network.image.name]),
@@ -241,7 +244,7 @@ def _contract_graph(network: _Network, found: ForeignDetector, options: ForeignD
         *boxes_from_outputs(found.layout, count, (side, side / min(found.input_hw)), names[1:]),
     ]
     return helper.make_graph(
-        _loop_over_tiles(nodes, count) if found.one_by_one else nodes,
+        [*converted, *(_loop_over_tiles(nodes, count) if found.one_by_one else nodes)],
         "detector",
         [helper.make_tensor_value_info("tiles", TensorProto.UINT8, ["tiles", side, side])],
         [
@@ -253,10 +256,10 @@ def _contract_graph(network: _Network, found: ForeignDetector, options: ForeignD
 
 
 def _loop_over_tiles(nodes: list[onnx.NodeProto], count: int) -> list[onnx.NodeProto]:
-    """Put nodes that take ``tile`` (1, S, S) and give ``tile_boxes``, ``tile_scores`` into a loop over ``tiles``."""
+    """Put nodes that take ``tile`` (1, S, S) and give ``tile_boxes``, ``tile_scores`` into a loop over all tiles."""
     before = nodes_from_text(
-        """
-        lone_tile = Gather <axis = 0> (tiles, tile_number)
+        f"""
+        lone_tile = Gather <axis = 0> ({_NUMBERS}, tile_number)
         tile_axis = Constant <value_ints = [0]> ()
         tile = Unsqueeze (lone_tile, tile_axis)
         """
@@ -282,8 +285,8 @@ def _loop_over_tiles(nodes: list[onnx.NodeProto], count: int) -> list[onnx.NodeP
         ],
     )
     counting = nodes_from_text(
-        """
-        tile_count = Shape <start = 0, end = 1> (tiles)
+        f"""
+        tile_count = Shape <start = 0, end = 1> ({_NUMBERS})
         trips = Squeeze (tile_count)
         """
     )

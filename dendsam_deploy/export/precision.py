@@ -22,7 +22,9 @@ from dendsam_deploy.export.quantise import with_int8
 from dendsam_deploy.models.plain_encoder import is_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from segment_anything.modeling import Sam
 
     from dendsam_deploy.bundle.manifest import AttentionForm, Precision
     from dendsam_deploy.export.draft import Draft
@@ -62,6 +64,21 @@ def rungs_from(precision: Precision) -> tuple[Rung, ...]:
     return LADDER[first:]
 
 
+def check_precisions(sam: Sam, model_type: str, precisions: Sequence[Precision]) -> None:
+    """Raise unless weights have graphs at all of some precisions; to be asked before hours are spent on the first.
+
+    Raises
+    ------
+    InvalidArgumentError
+        For MobileSAM, whose encoder has graphs at fp32 only.
+    """
+    others = [precision for precision in precisions if precision != "fp32"]
+    if others and not is_plain(sam):
+        raise InvalidArgumentError(
+            f"{model_type} has no encoder graph at {others[0]}, only at fp32; leave --precision out"
+        )
+
+
 def with_precision(draft: Draft, precision: Precision, tell: Tell) -> Draft:
     """Add the graphs of a half precision to a bundle, or of the first one down the ladder that passes its proof.
 
@@ -74,17 +91,9 @@ def with_precision(draft: Draft, precision: Precision, tell: Tell) -> Draft:
     tell : callable
         Told what failed and what took its place.
 
-    Raises
-    ------
-    InvalidArgumentError
-        For MobileSAM, whose encoder has no graph at half precision.
     """
     if precision == "fp32":
         return draft
-    if not is_plain(draft.weights.sam):
-        raise InvalidArgumentError(
-            f"{draft.manifest.model_type} has no encoder graph at {precision}, only at fp32; leave --precision out"
-        )
     if precision == "int8":
         return with_int8(draft, tell)
     for rung in rungs_from(precision):

@@ -149,6 +149,11 @@ def test_the_faster_form_is_chosen_by_time(checkpoint: Path, tmp_path: Path):
 def test_mobile_sam_is_refused_at_half_precision(tmp_path: Path):
     torch.manual_seed(0)
     save_sam(tmp_path / "t.pt", build_sam("vit_t", 64).state_dict(), TrainingRecord("vit_t", 64))
-    with pytest.raises(InvalidArgumentError, match="only at fp32"):
-        export_bundle(ExportOptions(tmp_path / "t.pt", tmp_path / "b", precisions=("fp16",)))
+    steps: list[str] = []
+    with pytest.raises(InvalidArgumentError, match="vit_t has no encoder graph at fp16, only at fp32"):
+        export_bundle(
+            ExportOptions(tmp_path / "t.pt", tmp_path / "b", precisions=("fp32", "fp16")),
+            progress=lambda progress: steps.append(progress.note),
+        )
+    assert steps == ["reading the weights"], "nothing is worked on before it is refused"
     assert not (tmp_path / "b").exists()
