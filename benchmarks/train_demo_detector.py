@@ -16,10 +16,13 @@ from demo_sources import DATA, DEMO_DETECTION_SCORE, HELD_OUT_SECTIONS, medulla_
 
 from dendsam_deploy.models.architectures import default_image_size
 from dendsam_deploy.models.detector import DetectorRecord, load_detector, save_detector
+from dendsam_deploy.training.detector_judge import judge_tiles
 from dendsam_deploy.training.detector_loop import LoopPlan, train_detector
-from dendsam_deploy.training.detector_tiles import held_out_tiles, least_area_px, training_tiles, write_tiles
+from dendsam_deploy.training.detector_plan import plan_batch
+from dendsam_deploy.training.detector_scores import score_boxes
+from dendsam_deploy.training.detector_tiles import held_out_tiles, training_tiles, write_tiles
+from dendsam_deploy.training.logbook import Logbook, logbook_folder
 from dendsam_deploy.training.options import DetectorSchedule
-from dendsam_deploy.training.source import judged_volumes
 
 if TYPE_CHECKING:
     from dendsam_deploy.progress import Progress
@@ -44,33 +47,39 @@ def main() -> None:
 
     size = arguments.image_size
     schedule = DetectorSchedule(
-        arguments.minutes, tiles_per_epoch=320, learning_rate=arguments.learning_rate, seed=arguments.seed
+        arguments.minutes,
+        tiles_per_epoch=320,
+        patience=None,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
     )
     with tempfile.TemporaryDirectory() as name, medulla_source(arguments.medulla, size) as medulla:
         folder = Path(name)
         sources = [phantom_source(3000, arguments.phantoms, size, dense=False), medulla]
-        train = [training_tiles(s.train, s.recipe, arguments.tiles, arguments.seed + i) for i, s in enumerate(sources)]
-        held_out = [held_out_tiles(volume, source.recipe, 10) for source, volume in judged_volumes(sources)]
-        # The smallest object of either source; a phantom's are larger than that anyway.
-        boxes = write_tiles(folder, "train", chain(*train), least_area_px(medulla.recipe))
-        write_tiles(folder, "val", chain(*held_out), least_area_px(medulla.recipe))
-        log.info("%s", boxes)
+        train = [training_tiles([source], arguments.tiles, arguments.seed + i) for i, source in enumerate(sources)]
+        boxes = write_tiles(folder, "train", chain(*train))
+        held_out = held_out_tiles(sources, 20)
+        write_tiles(folder, "val", held_out)
+        log.info("%s", boxes.statistics())
         start = load_detector(arguments.start, arguments.seed)
         from_scratch = arguments.start.suffix == ".yaml"
-        plan = LoopPlan(folder, size, boxes.most_per_tile, from_scratch, schedule, 0.0)
-        trained = train_detector(start, plan, Reporter(), note_elapsed)
+        most = boxes.statistics().most_per_tile
+        plan = LoopPlan(folder, size, most, from_scratch, schedule, plan_batch(start, size, most, schedule).tiles, 0.0)
+        with Logbook(logbook_folder(arguments.out), vars(arguments), "epoch") as logbook:
+            trained = train_detector(start, plan, logbook, Reporter(), note_elapsed)
         best = load_detector(plan.best)
+        scores, _ = score_boxes(judge_tiles(best, held_out, size, "cpu"))
         summary = {
             "data": DATA,
             "held_out_sections": [HELD_OUT_SECTIONS.start, HELD_OUT_SECTIONS.stop],
             "epochs": trained.epochs,
-            "precision": trained.scores.precision,
-            "recall": trained.scores.recall,
-            "map50": trained.scores.map50,
+            "precision": scores.precision,
+            "recall": scores.recall,
+            "map50": scores.map50,
         }
         record = DetectorRecord(size, score_threshold=DEMO_DETECTION_SCORE, summary=summary)
         save_detector(arguments.out, best.network, record)
-    log.info("%s", trained.scores)
+    log.info("%s", scores)
 
 
 def note_elapsed(seconds: float) -> None:

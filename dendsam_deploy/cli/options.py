@@ -312,6 +312,15 @@ def runtime_options(function: Function) -> Function:
     return function
 
 
+AUGMENT = click.Choice(["none", "light", "em"])
+
+_DATA_HELP = (
+    "File with one labelled volume in each line, in place of or besides VOLUME LABELS, such as: "
+    "raw.tif labels.tif slices=0:80 held-out=70:80 weight=2 voxel-size=40,15,15; or a CSV table of these columns. "
+    "Paths are relative to the file. The other options hold where a line says nothing else."
+)
+
+
 def data_options(settings: Settings) -> Callable[[Function], Function]:
     """Add what a training takes from a labelled volume: the fields of ``training.options.DataOptions``.
 
@@ -323,12 +332,15 @@ def data_options(settings: Settings) -> Callable[[Function], Function]:
 
     def decorate(function: Function) -> Function:
         for option in (
+            settings.option("--augment", "augment", AUGMENT, "How much training tiles are varied."),
             settings.option("--voxel-size", "voxel_size_nm", VOXEL_SIZE, "nm, in place of what the file records."),
             settings.option("--background-label", "background_labels", [int], "Label that is no object. Repeatable."),
             settings.option("--zoom", "zoom", float, "Model px per slice px.  [default: planned from the objects]"),
-            settings.option("--gap", "gap", int, "Slices between the two blocks that serve neither."),
+            settings.option("--gap", "gap", int, "Least slices between those that train and those that judge."),
+            settings.option("--held-out", "held_out", [SLICES], "Slices that only judge, by name. Repeatable."),
             settings.option("--holdout", "holdout_fraction", float, "Part of them, the last block, that only judges."),
             settings.option("--slices", "slices", SLICES, "Slices to use, for training and judging together."),
+            settings.option("--data", "data", PATH, _DATA_HELP),
         ):
             function = option(function)
         return function

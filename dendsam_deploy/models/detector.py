@@ -147,6 +147,7 @@ def _rebuilt(file: DetectorFile, path: Path) -> nn.Module:
     state = {key: torch.from_numpy(array) for key, array in file.tensors.items()}
     try:
         network: nn.Module = _new_network(dict(file.description), file.model_class)
+        _fit_class_branches(network, state, file)
         if not any(key.endswith(".bn.weight") for key in state):
             _fuse(network)
         network.load_state_dict(state)
@@ -162,6 +163,25 @@ def _rebuilt(file: DetectorFile, path: Path) -> nn.Module:
     known: Any = network  # ultralytics keeps these at its networks
     known.names, known.args = dict(enumerate(file.class_names)), dict(file.train_args)
     return network
+
+
+def _fit_class_branches(network: nn.Module, state: Mapping[str, torch.Tensor], file: DetectorFile) -> None:
+    """Widen the branches that score classes to those of a file.
+
+    Their width depends on the number of classes, but a network that was fine-tuned for fewer ones keeps its old width.
+    """
+    name, head = list(network.get_submodule("model").named_children())[-1]
+    for branch in ("cv3", "one2one_cv3"):
+        layers = getattr(head, branch, None)
+        stored = state.get(f"model.{name}.{branch}.0.2.weight")
+        if layers is None or stored is None or stored.shape[1] == layers[0][2].in_channels:
+            continue
+        wider = _new_network(dict(file.description) | {"nc": int(stored.shape[1])}, file.model_class)
+        *_, donor = wider.get_submodule("model").children()
+        replacement = getattr(donor, branch)
+        for new, old in zip(replacement, layers, strict=True):
+            new[2] = nn.Conv2d(new[2].in_channels, old[2].out_channels, 1)
+        setattr(head, branch, replacement)
 
 
 def save_detector(path: Path, trained: nn.Module, record: DetectorRecord) -> None:

@@ -1,17 +1,17 @@
 """Fine-tuning of the YOLO detector on boxes derived from labelled slices, by ultralytics' own training.
 
-The tiles have the size, scale and padding of deployment. Sections are split into contiguous blocks, and the checkpoint
-that detects the held-out block best is kept. An interrupted training goes on where it was.
+The tiles have the size, scale and padding of deployment. Sections are split into blocks with a gap between them, and
+the checkpoint that detects the held-out ones best is kept. An interrupted training goes on exactly where it was.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dendsam_deploy.durable import prepare_place
 from dendsam_deploy.errors import DendsamError
@@ -22,37 +22,39 @@ from dendsam_deploy.models.detector import (
     load_detector,
     save_detector,
 )
-from dendsam_deploy.models.detector_graph import candidate_count
-from dendsam_deploy.progress import ProgressCallback, no_progress
-from dendsam_deploy.training.detector_loop import (
-    HeldOutScores,
-    LoopPlan,
-    train_detector,
-)
+from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
+from dendsam_deploy.training.detector_judge import judge_tiles, sample_predictions
+from dendsam_deploy.training.detector_limits import LimitCheck, check_limits, head_facts
+from dendsam_deploy.training.detector_loop import LoopPlan, train_detector
+from dendsam_deploy.training.detector_plan import plan_batch
+from dendsam_deploy.training.detector_scores import HeldOutScores, JudgedBoxes, SizeClassScores, score_boxes
+from dendsam_deploy.training.detector_state import read_state
+from dendsam_deploy.training.detector_story import DetectorCourse, tell_course
 from dendsam_deploy.training.detector_tiles import (
     BoxStatistics,
+    TileAt,
+    TileBoxes,
     held_out_tiles,
-    least_area_px,
     training_tiles,
     write_tiles,
 )
 from dendsam_deploy.training.device import check_device
+from dendsam_deploy.training.logbook import Logbook, logbook_folder
 from dendsam_deploy.training.resume import ResumeFolder, training_fingerprint
-from dendsam_deploy.training.source import TrainingSource, hulls, judged_volumes, open_sources, recorded_scale
+from dendsam_deploy.training.source import hulls, open_sources, recorded_scale
+from dendsam_deploy.training.story import VolumeStory, volume_stories
 from dendsam_deploy.training.volume_list import training_volumes
 from dendsam_deploy.weights import PACKAGED_DETECTOR
 
 if TYPE_CHECKING:
-    from dendsam_deploy.training.options import DetectorSchedule, DetectorTrainingOptions
+    from collections.abc import Sequence
+
+    from dendsam_deploy.training.options import DetectorTrainingOptions
+    from dendsam_deploy.training.source import TrainingSource
+    from dendsam_deploy.training.story import HistoryRow, TrainingStory
 
 DEFAULT_ARCHITECTURE = Path("yolo11n.yaml")
 """What is trained where there are no weights to start from."""
-
-FINEST_STRIDE_PX = 8
-"""Cells of YOLO's finest grid; objects much smaller than one are hard to find."""
-
-CANDIDATES_PER_OBJECT = 7
-"""Overlapping boxes that YOLO draws around one object, roughly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +68,39 @@ class DetectorTrainingResult:
     architecture : str
         Such as ``yolo11n``.
     zoom : float
-        Model px per slice px.
+        Model px per slice px, of the heaviest volume.
     model_pixel_size_nm : float or None
-        Size of a model pixel, where the volume records its voxel size.
+        Size of a model pixel, where the volumes record their voxel sizes.
     train_slices, held_out_slices : (int, int)
-        Half-open ranges.
+        Of the first volume that holds slices out: from its first slice of a kind to behind its last one.
+    volumes : tuple of VolumeStory
+        All volumes with the exact blocks of slices.
     scores : HeldOutScores
-        Of the written checkpoint.
+        Of the written checkpoint, by the deployed graph on held-out tiles as deployment cuts them.
+    first_scores : HeldOutScores or None
+        Of the weights that training started from; None where they were random.
+    per_size : tuple of SizeClassScores
+        The same as `scores` for small, medium and large objects.
     boxes : BoxStatistics
         What the training tiles hold.
+    limits : tuple of LimitCheck
+        That compared with what the detector can return and see.
     epochs : int
         Epochs trained.
+    best_epoch : int
+        Epoch of the written weights; 0 where no epoch was better than what training started from.
+    stopped_early : bool
+        Whether training ended because nothing improved any more.
+    batch : int
+        Tiles of a step.
     seconds : float
         Time of this run and, if it was resumed, of the earlier ones.
     resumed : bool
         Whether an interrupted training was continued.
     warnings : tuple of str
         Where the data and the detector do not go well together.
+    story : TrainingStory
+        All that a report shows.
     """
 
     out: str
@@ -91,17 +109,51 @@ class DetectorTrainingResult:
     model_pixel_size_nm: float | None
     train_slices: tuple[int, int]
     held_out_slices: tuple[int, int]
+    volumes: tuple[VolumeStory, ...]
     scores: HeldOutScores
+    first_scores: HeldOutScores | None
+    per_size: tuple[SizeClassScores, ...]
     boxes: BoxStatistics
+    limits: tuple[LimitCheck, ...]
     epochs: int
+    best_epoch: int
+    stopped_early: bool
+    batch: int
     seconds: float
     resumed: bool
     warnings: tuple[str, ...]
+    story: TrainingStory
 
     def to_document(self) -> dict[str, Any]:
-        """Return the result as plain values that JSON knows."""
-        document: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        """Return the result, but for its story, as plain values that JSON knows; what has no value is null."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "story"]
+        document: dict[str, Any] = _plain({name: getattr(self, name) for name in names})
         return document
+
+
+class _TrainingSet(NamedTuple):
+    """What lies on disk to train on, and what is known about it."""
+
+    boxes: TileBoxes
+    held_out: tuple[TileAt, ...]
+    volumes: tuple[VolumeStory, ...]
+    slices: tuple[tuple[int, int], tuple[int, int]]
+    scale: tuple[float, float | None]
+
+    @property
+    def most_boxes(self) -> int:
+        """Boxes on the fullest tile."""
+        return int(self.boxes.objects_per_tile.max(initial=0))
+
+
+class _Winner(NamedTuple):
+    """Weights, how they were judged, and the epoch that they are from."""
+
+    detector: YoloDetector
+    judged: tuple[JudgedBoxes, ...]
+    scores: HeldOutScores
+    per_size: tuple[SizeClassScores, ...]
+    epoch: int
 
 
 def finetune_detector(
@@ -110,7 +162,9 @@ def finetune_detector(
     options: DetectorTrainingOptions,
     progress: ProgressCallback = no_progress,
 ) -> DetectorTrainingResult:
-    """Train a detector on a labelled volume and write the best checkpoint.
+    """Train a detector on labelled volumes and write the best checkpoint.
+
+    The course of the training is kept beside the checkpoint, see `training.logbook`.
 
     Parameters
     ----------
@@ -119,92 +173,155 @@ def finetune_detector(
     options : DetectorTrainingOptions
         See there.
     progress : callable
-        Told about every batch.
+        Told what was planned (stage ``plan``) and about every batch.
 
     Raises
     ------
     InvalidArgumentError, MissingCapabilityError, VolumeError, CheckpointError, UnsafeFileError, StorageError
-        As the classes say; nothing is written then but the folder to resume from.
+        As the classes say; nothing is written then but the folders to resume from and of the course.
     """
     started = time.monotonic()
     volumes = training_volumes(volume_path, labels_path, options.data)
     check_device(options.schedule.device)
     prepare_place(options.out)
     start = _starting_detector(options)
+    loading_s = time.monotonic() - started
     digest = start.sha256 or start.architecture
     folder = ResumeFolder(options.out, training_fingerprint(options, volumes, digest))
     earlier_s = folder.open(resume=options.resume)
     started -= earlier_s
     try:
         with open_sources(volumes, options, options.tile_size_px) as sources:
-            boxes = _write_training_set(sources[0], options.schedule, folder.path)
+            data = _write_training_set(sources, options, folder.path)
     except DendsamError:
         if not earlier_s:
             folder.remove()
         raise
+    head = head_facts(start, options.tile_size_px)
+    limits = check_limits(data.boxes, head, data.scale[0])
+    warnings = tuple(check.describe() for check in limits if not check.passed)
+    batch = plan_batch(start, options.tile_size_px, data.most_boxes, options.schedule)
+    for line in (batch.describe(), *warnings):
+        progress(Progress("plan", 1, 1, line))
+    state = read_state(folder.path)
     plan = LoopPlan(
         folder=folder.path,
         tile_size_px=options.tile_size_px,
-        most_boxes=boxes.most_per_tile,
+        most_boxes=data.most_boxes,
         from_scratch=options.from_scratch,
         schedule=options.schedule,
+        batch=batch.tiles,
         elapsed_s=time.monotonic() - started,
+        joins_tiles=options.augment != "none",
+        state=state,
+        closing_s=loading_s,
     )
-    trained = train_detector(start, plan, progress, folder.note)
-    train_slices, held_out_slices = hulls(sources)
-    zoom, model_pixel_size_nm = recorded_scale(sources)
-    result = DetectorTrainingResult(
-        out=str(options.out),
+    first = _judged(start, data, options, 0) if start.sha256 and not options.from_scratch else None
+    config = {"options": _plain(options), "start": digest, "batch": batch.tiles, "volumes": _plain(data.volumes)}
+    with Logbook(logbook_folder(options.out), config, "epoch", None if state is None else state["epoch"] + 1) as book:
+        if first is not None and not book.rows:
+            book.add(_first_row(first.scores))
+        trained = train_detector(start, plan, book, progress, folder.note)
+        history = book.rows
+    best = _judged(load_detector(plan.best), data, options, _best_epoch(history))
+    # Weights for other objects, such as those of COCO, are no detector of ours even where nothing better came of them.
+    is_rival = first is not None and len(start.class_names) == 1
+    winner = first if first is not None and is_rival and first.scores.map50_95 > best.scores.map50_95 else best
+    course = DetectorCourse(
+        options=options,
         architecture=start.architecture,
-        zoom=zoom,
-        model_pixel_size_nm=model_pixel_size_nm,
-        train_slices=train_slices,
-        held_out_slices=held_out_slices,
-        scores=trained.scores,
-        boxes=boxes,
-        epochs=trained.epochs,
+        volumes=data.volumes,
+        boxes=data.boxes,
+        head=head,
+        batch=batch,
+        history=history,
+        trained=trained,
+        first=None if first is None else first.scores,
+        scores=winner.scores,
+        per_size=winner.per_size,
+        best_epoch=winner.epoch,
+        samples=sample_predictions(data.held_out, winner.judged, winner.scores.score_threshold),
         seconds=time.monotonic() - started,
-        resumed=trained.resumed,
-        warnings=box_warnings(boxes, options.tile_size_px),
+        warnings=warnings,
     )
-    best = load_detector(plan.best)
+    result = _result(course, data, limits)
     origin = {
         "volume": ", ".join(entry.volume.name for entry in volumes),
         "labels": ", ".join(entry.labels.name for entry in volumes),
         "seed": options.schedule.seed,
     }
     summary = origin | result.to_document() | {"out": options.out.name}
-    threshold = trained.scores.score_threshold
-    record = DetectorRecord(options.tile_size_px, result.model_pixel_size_nm, result.zoom, threshold, summary)
-    save_detector(options.out, best.network, record)
+    record = DetectorRecord(
+        options.tile_size_px, result.model_pixel_size_nm, result.zoom, winner.scores.score_threshold, summary
+    )
+    save_detector(options.out, winner.detector.network, record)
     folder.remove()
     return result
 
 
-def box_warnings(boxes: BoxStatistics, tile_size_px: int) -> tuple[str, ...]:
-    """Say where the objects go beyond what a detector can return or see.
+def _result(course: DetectorCourse, data: _TrainingSet, limits: tuple[LimitCheck, ...]) -> DetectorTrainingResult:
+    """Gather what came of a training."""
+    zoom, model_pixel_size_nm = data.scale
+    train_slices, held_out_slices = data.slices
+    return DetectorTrainingResult(
+        out=str(course.options.out),
+        architecture=course.architecture,
+        zoom=zoom,
+        model_pixel_size_nm=model_pixel_size_nm,
+        train_slices=train_slices,
+        held_out_slices=held_out_slices,
+        volumes=course.volumes,
+        scores=course.scores,
+        first_scores=course.first,
+        per_size=course.per_size,
+        boxes=course.boxes.statistics(),
+        limits=limits,
+        epochs=course.trained.epochs,
+        best_epoch=course.best_epoch,
+        stopped_early=course.trained.stopped_early,
+        batch=course.batch.tiles,
+        seconds=course.seconds,
+        resumed=course.trained.resumed,
+        warnings=course.warnings,
+        story=tell_course(course),
+    )
 
-    Parameters
-    ----------
-    boxes : BoxStatistics
-        What the training tiles hold.
-    tile_size_px : int
-        Side of the tiles.
-    """
-    found = []
-    grids = sum((tile_size_px // (FINEST_STRIDE_PX * step)) ** 2 for step in (1, 2, 4))
-    candidates = candidate_count(tile_size_px, grids)
-    if CANDIDATES_PER_OBJECT * boxes.most_per_tile > candidates:
-        found.append(
-            f"up to {boxes.most_per_tile} objects on a tile, and the deployed graph returns {candidates} overlapping "
-            "candidates: choose a larger zoom, which puts fewer objects on a tile"
-        )
-    if boxes.short_side_px[0] < FINEST_STRIDE_PX:
-        found.append(
-            f"1 box in 20 is narrower than {boxes.short_side_px[0]:.0f} px, and the detector's finest cells are "
-            f"{FINEST_STRIDE_PX} px: such objects are found less surely; a larger zoom helps"
-        )
-    return tuple(found)
+
+def _judged(detector: YoloDetector, data: _TrainingSet, options: DetectorTrainingOptions, epoch: int) -> _Winner:
+    """Judge weights on the held-out tiles."""
+    judged = judge_tiles(detector, data.held_out, options.tile_size_px, options.schedule.device)
+    return _Winner(detector, judged, *score_boxes(judged), epoch)
+
+
+def _best_epoch(history: Sequence[HistoryRow]) -> int:
+    """Return the epoch whose weights ultralytics kept: the last of those with the highest score."""
+    scores = {int(row["epoch"]): row["held_out_map50_95"] for row in history if row["epoch"] > 0}
+    return max(scores, key=lambda epoch: (0.0 if math.isnan(scores[epoch]) else scores[epoch], epoch))
+
+
+def _first_row(scores: HeldOutScores) -> dict[str, float]:
+    """Return the row of the course before the first epoch."""
+    return {
+        "epoch": 0.0,
+        "elapsed_s": 0.0,
+        "held_out_map50": scores.map50,
+        "held_out_map50_95": scores.map50_95,
+        "held_out_precision": scores.precision,
+        "held_out_recall": scores.recall,
+    }
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - any value that JSON knows, or a dataclass of such
+    """Return plain values that JSON knows; numbers that are none, and infinite ones, are None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, int | str | bool | None) else str(value)
 
 
 def _starting_detector(options: DetectorTrainingOptions) -> YoloDetector:
@@ -218,11 +335,13 @@ def _starting_detector(options: DetectorTrainingOptions) -> YoloDetector:
     return detector
 
 
-def _write_training_set(source: TrainingSource, schedule: DetectorSchedule, folder: Path) -> BoxStatistics:
+def _write_training_set(
+    sources: Sequence[TrainingSource], options: DetectorTrainingOptions, folder: Path
+) -> _TrainingSet:
     """Cut the tiles to train on and those to judge by; say what the former hold."""
-    recipe, least = source.recipe, least_area_px(source.recipe)
-    tiles = training_tiles(source.train, recipe, schedule.tile_count, schedule.seed)
-    boxes = write_tiles(folder, "train", tiles, least)
-    for judge, held_out in judged_volumes([source]):
-        write_tiles(folder, "val", held_out_tiles(held_out, judge.recipe, schedule.judge_tiles), least)
-    return boxes
+    schedule = options.schedule
+    boxes = write_tiles(folder, "train", training_tiles(sources, schedule.tile_count, schedule.seed))
+    held_out = held_out_tiles(sources, schedule.judge_tiles)
+    write_tiles(folder, "val", held_out)
+    stories = volume_stories(sources, options.gap)
+    return _TrainingSet(boxes, tuple(held_out), stories, hulls(sources), recorded_scale(sources))

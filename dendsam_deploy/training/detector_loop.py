@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 import os
@@ -12,31 +13,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import RandomSampler
 
-from dendsam_deploy.errors import (
-    CheckpointError,
-    MissingCapabilityError,
-    StorageError,
-)
-from dendsam_deploy.models.detector import new_trainer, read_checkpoint
+from dendsam_deploy.errors import MissingCapabilityError, StorageError
+from dendsam_deploy.models.detector import new_trainer, save_detector
+from dendsam_deploy.models.detector_file import DetectorRecord
 from dendsam_deploy.progress import Progress
+from dendsam_deploy.training.detector_data import EpochSampler, RepeatableTiles
+from dendsam_deploy.training.detector_limits import NMS_IOU
+from dendsam_deploy.training.detector_state import STATE_FILE, restore_state, store_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
     from dendsam_deploy.models.detector import YoloDetector
     from dendsam_deploy.progress import ProgressCallback
+    from dendsam_deploy.training.logbook import Logbook
     from dendsam_deploy.training.options import DetectorSchedule
 
 _RATE_FROM_SCRATCH, _RATE_FROM_WEIGHTS = 2e-3, 5e-4
-_LARGEST_BATCH = 32  # larger ones leave too few steps
-_CPU_BATCH = 8
 _FEW_EPOCHS = 300  # ultralytics' schedule until it knows how many epochs fit into the time
 _LAST_JUDGEMENT_FRACTION = 0.08  # of the time, until it is known how long a judgement takes
+
+_METRICS = {
+    "held_out_map50": "mAP50",
+    "held_out_map50_95": "mAP50-95",
+    "held_out_precision": "precision",
+    "held_out_recall": "recall",
+}
+"""Columns of the logbook and ultralytics' names of their values."""
 
 # What the tiles already vary (scale, orientation, intensity) is varied little or not at all; there is no colour.
 _AUGMENTATION: dict[str, object] = {
@@ -48,33 +53,11 @@ _AUGMENTATION: dict[str, object] = {
     "flipud": 0.5,
     "fliplr": 0.5,
     "mosaic": 0.5,
-    "close_mosaic": 3,
     "mixup": 0.0,
     "copy_paste": 0.0,
     "auto_augment": None,
     "erasing": 0.0,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOutScores:
-    """Scores of a detector on the held-out tiles.
-
-    Parameters
-    ----------
-    precision, recall : float
-        At `score_threshold`, counting a box as found from an IoU of .5 on.
-    map50, map50_95 : float
-        Average precision at an IoU of .5, and its mean over .50:.05:.95.
-    score_threshold : float
-        Least score at which precision and recall balance best (largest F1).
-    """
-
-    precision: float
-    recall: float
-    map50: float
-    map50_95: float
-    score_threshold: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +76,16 @@ class LoopPlan:
         Whether to forget the weights to start from.
     schedule : DetectorSchedule
         Length and steps.
+    batch : int
+        Tiles of a step.
     elapsed_s : float
         Time of the schedule that was spent already, on the tiles and by interrupted runs.
+    joins_tiles : bool
+        Whether tiles are also turned, scaled a little and joined of four while training.
+    state : dict or None
+        Where an interrupted run stopped, see `detector_state.read_state`.
+    closing_s : float
+        Time of the schedule to leave for what comes behind the last epoch.
     """
 
     folder: Path
@@ -102,30 +93,33 @@ class LoopPlan:
     most_boxes: int
     from_scratch: bool
     schedule: DetectorSchedule
+    batch: int
     elapsed_s: float
-
-    @property
-    def last(self) -> Path:
-        """Where an interrupted run stopped."""
-        return self.folder / "run" / "weights" / "last.pt"
+    joins_tiles: bool = True
+    state: dict[str, Any] | None = None
+    closing_s: float = 0.0
 
     @property
     def best(self) -> Path:
         """The checkpoint that did best on the held-out tiles."""
-        return self.folder / "run" / "weights" / "best.pt"
+        return self.folder / "best.pt"
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedDetector:
-    """Scores of the best checkpoint, the number of epochs, and whether an interrupted run was continued."""
+    """How many epochs were trained, how the training ended, and whether an interrupted run was continued."""
 
-    scores: HeldOutScores
     epochs: int
+    stopped_early: bool
     resumed: bool
 
 
 def train_detector(
-    detector: YoloDetector, plan: LoopPlan, progress: ProgressCallback, note_elapsed: Callable[[float], None]
+    detector: YoloDetector,
+    plan: LoopPlan,
+    logbook: Logbook,
+    progress: ProgressCallback,
+    note_elapsed: Callable[[float], None],
 ) -> TrainedDetector:
     """Train until the schedule ends; the best checkpoint lies at ``plan.best`` then.
 
@@ -135,6 +129,8 @@ def train_detector(
         Where to start, with a checked description; its class scores are kept only if it knows the same single class.
     plan : LoopPlan
         Tiles and schedule.
+    logbook : Logbook
+        Gets a row for each epoch; holds those of an interrupted run.
     progress : callable
         Told about every batch.
     note_elapsed : callable
@@ -142,47 +138,68 @@ def train_detector(
 
     Raises
     ------
-    MissingCapabilityError, StorageError, UnsafeFileError, VolumeError
+    CheckpointError, MissingCapabilityError, StorageError, UnsafeFileError, VolumeError
         As the classes say.
     """
-    watch = _Watch(plan, progress, note_elapsed)
-    resumes = _can_resume(plan)
+    state = plan.state
+    watch = _Watch(plan, logbook, progress, note_elapsed)
+    done = -1 if state is None else int(state["epoch"])
+    if watch.is_over(done + 1):  # it was interrupted behind its last epoch
+        return TrainedDetector(done + 1, watch.has_lost_patience(), resumed=True)
     with _translated(plan), _all_threads():
         is_random = plan.from_scratch or not detector.sha256
         rate = plan.schedule.learning_rate or (_RATE_FROM_SCRATCH if is_random else _RATE_FROM_WEIGHTS)
-        settings = _settings(plan) | {"lr0": rate}
-        trainer = new_trainer(settings | ({"resume": str(plan.last)} if resumes else {}))
-        if not resumes:
-            weights = None if plan.from_scratch else detector.network
-            trainer.model = trainer.get_model(cfg=detector.network.yaml, weights=weights, verbose=False)
-        measure_batch = trainer.auto_batch
-        trainer.auto_batch = lambda: min(measure_batch(), _LARGEST_BATCH)
+        planned = {} if state is None else {"epochs": int(state["epochs"])}
+        trainer = new_trainer(_settings(plan) | planned | {"lr0": rate})
+        weights = None if plan.from_scratch else detector.network
+        description = copy.deepcopy(detector.network.yaml)  # it is told the new number of classes
+        trainer.model = trainer.get_model(cfg=description, weights=weights, verbose=False)
+        trainer.final_eval = _nothing  # the best checkpoint is judged elsewhere, by the graph that is deployed
         trainer.add_callback("on_pretrain_routine_end", watch.before_training)
         trainer.add_callback("on_train_batch_end", watch.after_batch)
         trainer.add_callback("on_fit_epoch_end", watch.after_epoch)
         trainer.train()
-    return TrainedDetector(_scores(trainer), int(trainer.epoch) + 1, resumes)
+    return TrainedDetector(int(trainer.epoch) + 1, watch.has_lost_patience(), state is not None)
 
 
 class _Watch:
-    """Follows a trainer through its callbacks: reports, keeps time, draws each epoch's tiles."""
+    """Follows a trainer through its callbacks: reports, keeps time, notes the course, draws each epoch's tiles."""
 
-    def __init__(self, plan: LoopPlan, progress: ProgressCallback, note_elapsed: Callable[[float], None]) -> None:
-        self._plan, self._progress, self._note_elapsed = plan, progress, note_elapsed
+    def __init__(
+        self,
+        plan: LoopPlan,
+        logbook: Logbook,
+        progress: ProgressCallback,
+        note_elapsed: Callable[[float], None],
+    ) -> None:
+        self._plan, self._logbook, self._progress, self._note_elapsed = plan, logbook, progress, note_elapsed
         self._started = time.monotonic() - plan.elapsed_s
         self._batch = 0
         self._held_out = math.nan
         self._trained_until = self._started
 
+    def is_over(self, epochs: int) -> bool:
+        """Tell whether nothing is left to train after so many epochs, but for the time."""
+        wanted = self._plan.schedule.epochs
+        return epochs > 0 and ((wanted is not None and epochs >= wanted) or self.has_lost_patience())
+
+    def has_lost_patience(self) -> bool:
+        """Tell whether the last epochs were no better than one before them."""
+        patience = self._plan.schedule.patience
+        scores = [row["held_out_map50_95"] for row in self._logbook.rows if row["epoch"] > 0]
+        return patience is not None and len(scores) > patience and len(scores) - 1 - int(np.argmax(scores)) >= patience
+
     def before_training(self, trainer: Any) -> None:  # noqa: ANN401 - ultralytics' trainer is untyped
-        """Let an epoch be a random part of the tiles, so that there are judgements often enough."""
-        loader = trainer.train_loader
-        generator = torch.Generator().manual_seed(self._plan.schedule.seed)
+        """Let an epoch be a part of the tiles that depends on the seed alone, and go on where a run stopped."""
+        schedule, loader = self._plan.schedule, trainer.train_loader
+        tiles = RepeatableTiles(loader.dataset, trainer.args, schedule.seed)
+        sampler = EpochSampler(len(tiles), schedule.epoch_tiles, schedule.seed, lambda: int(trainer.epochs))
+        object.__setattr__(loader, "dataset", tiles)  # torch forbids it, because it has drawn nothing from it yet
         # ultralytics wraps the sampler of batches in one that repeats for ever.
-        batches = loader.batch_sampler.sampler
-        batches.sampler = RandomSampler(
-            loader.dataset, num_samples=self._plan.schedule.epoch_tiles, generator=generator
-        )
+        loader.batch_sampler.sampler.sampler = sampler
+        if self._plan.state is not None:
+            restore_state(trainer, self._plan.state)
+            sampler.epoch = trainer.start_epoch
 
     def after_batch(self, trainer: Any) -> None:  # noqa: ANN401 - as above
         """Report."""
@@ -202,25 +219,56 @@ class _Watch:
         self._progress(Progress("train detector", min(1.0, done), 1.0, note))
 
     def after_epoch(self, trainer: Any) -> None:  # noqa: ANN401 - as above
-        """Note the score and the time, and see to it that the training ends when it should."""
+        """Note the score, the time and the state, and see to it that the training ends when it should."""
         now, self._batch = time.monotonic(), 0
         self._held_out = float(trainer.metrics.get("metrics/mAP50(B)", math.nan))
-        schedule = self._plan.schedule
-        if schedule.epochs is not None and trainer.epoch + 1 >= schedule.epochs:
+        self._logbook.add(_row(trainer, now - self._started))
+        if self._plan.schedule.minutes is not None:
+            self._replan(trainer, now)
+        if self.is_over(trainer.epoch + 1):
             trainer.stop = True
-        if schedule.minutes is not None:
-            # When its time is up, ultralytics judges the last epoch, and then the best one again.
-            spent_before_s = now - self._started - (time.time() - trainer.train_time_start)
-            left_s = 60 * schedule.minutes - spent_before_s - 2 * (now - self._trained_until)
-            trainer.args.time = max(left_s, 1.0) / 3600
+        if trainer.fitness is None or trainer.best_fitness == trainer.fitness:
+            best = copy.deepcopy(trainer.ema.ema)
+            best.criterion = None  # the loss is no part of a network
+            save_detector(self._plan.best, best, DetectorRecord(self._plan.tile_size_px))
+        store_state(self._plan.folder / STATE_FILE, trainer)
         self._note_elapsed(now - self._started)
+
+    def _replan(self, trainer: Any, now: float) -> None:  # noqa: ANN401 - as above
+        """Say how many epochs fit into the time; ultralytics forgets those before an interruption."""
+        run_s = time.time() - trainer.train_time_start
+        # When its time is up, ultralytics judges the last epoch, and then the best one is judged again.
+        left_s = (
+            60 * (self._plan.schedule.minutes or 0) - (now - self._started - run_s) - 2 * (now - self._trained_until)
+        )
+        trainer.args.time = max(left_s, 1.0) / 3600
+        epoch_s = run_s / (trainer.epoch - trainer.start_epoch + 1)
+        trainer.epochs = trainer.args.epochs = trainer.start_epoch + math.ceil(max(left_s, 1.0) / epoch_s)
+        trainer.stop = run_s > left_s or trainer.epoch >= trainer.epochs
+
+
+def _row(trainer: Any, elapsed_s: float) -> dict[str, float]:  # noqa: ANN401 - as above
+    """Return what an epoch is remembered by."""
+    losses = {name.removesuffix("_loss"): float(value) for name, value in (trainer.tloss or {}).items()}
+    metrics = {name: float(trainer.metrics.get(f"metrics/{key}(B)", math.nan)) for name, key in _METRICS.items()}
+    return {
+        "epoch": float(trainer.epoch + 1),
+        "elapsed_s": elapsed_s,
+        "loss": sum(losses.values()),
+        **{f"loss_{name}": value for name, value in losses.items()},
+        **metrics,
+        "learning_rate": float(trainer.optimizer.param_groups[0]["lr"]),
+    }
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def _settings(plan: LoopPlan) -> dict[str, object]:
     """Return what ultralytics is told."""
     schedule = plan.schedule
     on_cpu = schedule.device == "cpu"
-    batch = schedule.batch or (_CPU_BATCH if on_cpu else -1)
     data = plan.folder / "data.yaml"
     data.write_text(f"path: {plan.folder.resolve()}\ntrain: images/train\nval: images/val\nnames: [object]\n", "utf-8")
     settings: dict[str, object] = {
@@ -229,13 +277,14 @@ def _settings(plan: LoopPlan) -> dict[str, object]:
         "imgsz": plan.tile_size_px,
         "epochs": schedule.epochs or _FEW_EPOCHS,
         "patience": 0,
-        "batch": batch,
-        "nbs": batch if batch > 0 else _LARGEST_BATCH,
+        "batch": plan.batch,
+        "nbs": plan.batch,
         "device": "cpu" if on_cpu else (schedule.device.partition(":")[2] or "0"),
         "optimizer": "AdamW",
         "warmup_epochs": 1.0,
         "warmup_bias_lr": 0.0,
         "max_det": max(300, 2 * plan.most_boxes),
+        "iou": NMS_IOU,
         "seed": schedule.seed,
         "deterministic": True,
         "project": str(plan.folder.resolve()),
@@ -244,40 +293,14 @@ def _settings(plan: LoopPlan) -> dict[str, object]:
         "pretrained": False,
         "plots": False,
         "verbose": False,
+        "close_mosaic": 0,  # `EpochSampler` sees to it, so that it can be repeated
     }
     if schedule.minutes is not None:
-        left_s = 60 * schedule.minutes * (1 - _LAST_JUDGEMENT_FRACTION) - plan.elapsed_s
+        left_s = 60 * schedule.minutes * (1 - _LAST_JUDGEMENT_FRACTION) - plan.elapsed_s - plan.closing_s
         settings["time"] = max(left_s, 1.0) / 3600
-    return settings | _AUGMENTATION
-
-
-def _can_resume(plan: LoopPlan) -> bool:
-    """Tell whether an interrupted run left a checkpoint that can be continued; a kill may have cut it off."""
-    if not plan.last.is_file():
-        return False
-    try:
-        content = read_checkpoint(plan.last)
-    except CheckpointError:
-        return False
-    epoch, planned = int(content.get("epoch", -1)), content.get("train_args", {}).get("epochs", 0)
-    return 0 <= epoch < int(planned) - 1
-
-
-def _scores(trainer: Any) -> HeldOutScores:  # noqa: ANN401 - as above
-    """Read the last judgement, that of the best checkpoint."""
-    box = trainer.validator.metrics.box
-    precision, recall, map50, map50_95 = (float(value) for value in box.mean_results())
-    # Without a single detection ultralytics keeps empty lists instead of curves. It reads precision and recall where
-    # the smoothed curve peaks.
-    curve: Any = box.f1_curve
-    threshold = float(box.px[_smoothed(curve.mean(0)).argmax()]) if len(curve) and curve.max() > 0 else 0.25
-    return HeldOutScores(precision, recall, map50, map50_95, threshold)
-
-
-def _smoothed(curve: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the moving average over a tenth of a curve, whose ends go on as they are."""
-    width = round(len(curve) * 0.2) // 2 + 1
-    return np.convolve(np.pad(curve, width // 2, mode="edge"), np.full(width, 1 / width), mode="valid")
+    return settings | (
+        _AUGMENTATION if plan.joins_tiles else dict.fromkeys(_AUGMENTATION, 0.0) | {"auto_augment": None}
+    )
 
 
 @contextlib.contextmanager

@@ -81,7 +81,9 @@ class DetectorSchedule:
     judge_tiles : int
         About how many held-out tiles judge an epoch.
     batch : int or None
-        Tiles per step. None: 8 on the CPU; on a GPU what its memory allows, at most 32.
+        Tiles per step. None: what fits into the free memory, at most 8 on the CPU and 32 on a GPU.
+    patience : int or None
+        Epochs without a better score on the held-out tiles after which training ends early; None: never.
     learning_rate : float or None
         Peak rate of AdamW. None: 5e-4 for weights that were trained before, 2e-3 for random ones.
     seed : int
@@ -96,6 +98,7 @@ class DetectorSchedule:
     tiles_per_epoch: int | None = None
     judge_tiles: int = 24
     batch: int | None = None
+    patience: int | None = 20
     learning_rate: float | None = None
     seed: int = 0
     device: str = "cpu"
@@ -103,9 +106,10 @@ class DetectorSchedule:
     def __post_init__(self) -> None:
         if self.minutes is None and self.epochs is None:
             raise InvalidArgumentError("training needs an end: give minutes, epochs or both")
-        numbers = (self.minutes, self.epochs, self.tiles, self.tiles_per_epoch, self.judge_tiles, self.batch)
+        sizes = (self.tiles, self.tiles_per_epoch, self.judge_tiles, self.batch, self.patience, self.learning_rate)
+        numbers = (self.minutes, self.epochs, *sizes)
         if any(number is not None and number <= 0 for number in numbers):
-            raise InvalidArgumentError("times, numbers of epochs and tiles, and the batch must be positive")
+            raise InvalidArgumentError("times, numbers of epochs and tiles, the batch, the patience and the learning rate must be positive")
 
     @property
     def tile_count(self) -> int:

@@ -16,15 +16,14 @@ from dendsam_deploy.errors import (
     VolumeError,
 )
 from dendsam_deploy.models.detector import load_detector
-from dendsam_deploy.training.detector import (
-    DEFAULT_ARCHITECTURE,
-    box_warnings,
-    finetune_detector,
-)
-from dendsam_deploy.training.detector_tiles import BoxStatistics, held_out_tiles, training_tiles, write_tiles
+from dendsam_deploy.training import detector
+from dendsam_deploy.training.detector import DEFAULT_ARCHITECTURE, finetune_detector
+from dendsam_deploy.training.detector_tiles import TileAt, held_out_tiles, training_tiles, write_tiles
+from dendsam_deploy.training.logbook import read_history
 from dendsam_deploy.training.options import DetectorSchedule, DetectorTrainingOptions
 from dendsam_deploy.training.resume import ResumeFolder
 from dendsam_deploy.training.samples import LabelledVolume, Tile, TileRecipe
+from dendsam_deploy.training.source import TrainingSource
 from dendsam_deploy.volume.open import open_labels, open_volume
 from dendsam_deploy.volume.raster import decode_png
 
@@ -88,31 +87,46 @@ def test_written_tiles_hold_the_image_and_tight_boxes(tmp_path):
     objects = np.zeros((64, 64), np.int32)
     objects[10:20, 30:64] = 1
     objects[40:43, 0:3] = 2
-    statistics = write_tiles(tmp_path, "train", [Tile(image, objects, (64, 64))] * 2, min_area_px=10)
+    found = write_tiles(tmp_path, "train", [TileAt(Tile(image, objects, (64, 64)), 10)] * 2)
+    statistics = found.statistics()
     np.testing.assert_array_equal(decode_png(tmp_path / "images" / "train" / "000001.png"), image)
     boxes = read_yolo(tmp_path / "labels" / "train" / "000001.txt", 64)
     np.testing.assert_allclose(boxes, [[30, 10, 64, 20]], atol=1e-3)  # the other one is too small
     assert (statistics.tiles, statistics.objects, statistics.most_per_tile) == (2, 2, 1)
     assert statistics.short_side_px == (10, 10, 10)
+    assert statistics.long_side_px == (34, 34, 34)
+    assert statistics.aspect == pytest.approx((3.4, 3.4, 3.4))
+    np.testing.assert_array_equal(found.per_tile[0], [[30, 10, 64, 20]])
 
 
 def test_tiles_without_objects_are_kept_as_background(tmp_path):
     empty = Tile(np.zeros((64, 64), np.uint8), np.zeros((64, 64), np.int32), (64, 64))
-    statistics = write_tiles(tmp_path, "val", [empty], min_area_px=1)
+    statistics = write_tiles(tmp_path, "val", [TileAt(empty, 1)]).statistics()
     assert (tmp_path / "labels" / "val" / "000000.txt").read_text() == ""
     assert statistics.short_side_px == (0, 0, 0)
 
 
+def source_of(readers, train, held_out, recipe, weight=1.0):
+    learn = LabelledVolume(*readers, train, (9,))
+    judge = LabelledVolume(*readers, held_out, (9,)) if held_out else None
+    return TrainingSource(learn, judge, recipe, weight, name="raw.tif")
+
+
 def test_held_out_tiles_are_those_of_deployment(volume):
     with open_volume(volume[0]) as image, open_labels(volume[1]) as labels:
-        source = LabelledVolume(image, labels, range(5, 8), (9,))
-        tiles = list(held_out_tiles(source, TileRecipe(64, 1.0), most=100))
+        source = source_of((image, labels), range(3), range(5, 8), TileRecipe(64, 1.0))
+        tiles = held_out_tiles([source], most=100)
         whole = image.read(5)
         assert len(tiles) == 3 * 2 * 3  # slices x rows x columns of tiles that overlap by 21 px or more
-        np.testing.assert_array_equal(tiles[0].image, whole[:64, :64])
-        np.testing.assert_array_equal(tiles[5].image, whole[-64:, -64:])
-        assert len(list(held_out_tiles(source, TileRecipe(64, 1.0), most=5))) == 6
-        small = next(held_out_tiles(source, TileRecipe(64, 0.5), most=1))
+        np.testing.assert_array_equal(tiles[0].tile.image, whole[:64, :64])
+        np.testing.assert_array_equal(tiles[5].tile.image, whole[-64:, -64:])
+        assert (tiles[0].place, tiles[-1].place) == ("raw.tif, slice 5, tile 0", "raw.tif, slice 7, tile 5")
+        assert len(held_out_tiles([source], most=5)) == 6
+        assert len(held_out_tiles([source, source], most=24)) == 24
+        only_teaches = dataclasses.replace(source, held_out=None)
+        assert len(held_out_tiles([only_teaches, source], most=5)) == 6
+        reduced = source_of((image, labels), range(3), range(5, 8), TileRecipe(64, 0.5))
+        small = held_out_tiles([reduced], most=1)[0].tile
         assert small.size_hw == (45, 60)
         assert not small.image[45:].any()
         assert not small.objects[:, 60:].any()
@@ -120,13 +134,22 @@ def test_held_out_tiles_are_those_of_deployment(volume):
 
 def test_training_tiles_follow_the_seed(volume):
     with open_volume(volume[0]) as image, open_labels(volume[1]) as labels:
-        source = LabelledVolume(image, labels, range(5))
+        source = source_of((image, labels), range(5), None, TileRecipe(64, 1.0, augment="em"))
         first, again, other = (
-            np.stack([tile.image for tile in training_tiles(source, TileRecipe(64, 1.0), 3, seed)])
-            for seed in (1, 1, 2)
+            np.stack([entry.tile.image for entry in training_tiles([source], 3, seed)]) for seed in (1, 1, 2)
         )
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
+
+
+def test_volumes_give_tiles_in_proportion_to_their_weights(volume):
+    """The least area of an object tells which volume a tile is from."""
+    with open_volume(volume[0]) as image, open_labels(volume[1]) as labels:
+        one = source_of((image, labels), range(2), None, TileRecipe(64, 1.0), weight=1.0)
+        other = source_of((image, labels), range(2), None, TileRecipe(64, 2.0), weight=3.0)
+        areas = np.array([entry.least_area_px for entry in training_tiles([one, other], 120, seed=0)])
+    assert set(areas) == {12.5, 50.0}
+    assert 0.63 < (areas == 50.0).mean() < 0.87
 
 
 @pytest.fixture(scope="module")
@@ -140,17 +163,28 @@ def trained(volume, tmp_path_factory):
 @pytest.mark.slow
 def test_a_training_writes_a_detector_that_knows_how_it_was_made(trained):
     folder, result, seen = trained
-    assert [path.name for path in folder.iterdir()] == ["detector.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["detector.pt", "detector.training"]
     assert (result.train_slices, result.held_out_slices) == ((0, 6), (7, 8))
+    assert result.volumes[0].train_blocks == ((0, 6),)
     assert result.model_pixel_size_nm == pytest.approx(10)
     assert (result.epochs, result.resumed, result.architecture) == (1, False, "yolo11n")
-    assert [round(entry.done, 2) for entry in seen] == [0.5, 1.0]
+    plans = [entry.note for entry in seen if entry.stage == "plan"]
+    assert plans[0].startswith("batch: 2 tiles a step (preset given)")
+    assert [round(entry.done, 2) for entry in seen if entry.stage != "plan"] == [0.5, 1.0]
     assert "loss" in seen[-1].note
-    json.dumps(result.to_document())
-    detector = load_detector(folder / "detector.pt")
-    assert (detector.class_names, detector.image_size_px) == (("object",), 64)
-    assert detector.record is not None
-    assert (detector.record.zoom, detector.record.summary["volume"]) == (1.0, "raw.tif")
+    document = json.loads(json.dumps(result.to_document(), allow_nan=False))
+    assert document["first_scores"] is None
+    assert [entry["name"] for entry in document["per_size"]] == ["small", "medium", "large"]
+    assert sum(entry["objects"] for entry in document["per_size"]) > 0
+    row = read_history(folder / "detector.training" / "history.csv")[0]
+    assert row["epoch"] == 1
+    assert row["loss"] == pytest.approx(row["loss_box"] + row["loss_cls"] + row["loss_dfl"], rel=1e-6)
+    assert 0 <= row["held_out_map50"] <= 1
+    assert row["learning_rate"] > 0
+    written = load_detector(folder / "detector.pt")
+    assert (written.class_names, written.image_size_px) == (("object",), 64)
+    assert written.record is not None
+    assert (written.record.zoom, written.record.summary["volume"]) == (1.0, "raw.tif")
     assert str(folder).encode() not in (folder / "detector.pt").read_bytes()
 
 
@@ -161,9 +195,16 @@ def test_the_same_seed_gives_the_same_weights(volume, trained, tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def interrupted(*arguments):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.slow
-def test_an_interrupted_training_goes_on(volume, options):
+def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(volume, options, tmp_path, monkeypatch):
+    """Interrupted amid the second epoch and behind the last one; weights and course equal an uninterrupted run's."""
     longer = dataclasses.replace(options, schedule=dataclasses.replace(SHORT, epochs=3))
+    whole = dataclasses.replace(longer, out=tmp_path / "whole" / "detector.pt")
+    finetune_detector(*volume, whole)
 
     def interrupt(entry):
         if entry.note.startswith("epoch 2"):
@@ -172,21 +213,31 @@ def test_an_interrupted_training_goes_on(volume, options):
     with pytest.raises(KeyboardInterrupt):
         finetune_detector(*volume, longer, interrupt)
     assert not options.out.exists()
-    other = dataclasses.replace(longer, zoom=2.0)
     with pytest.raises(CheckpointError, match="other settings"):
-        finetune_detector(*volume, other)
+        finetune_detector(*volume, dataclasses.replace(longer, zoom=2.0))
     seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(detector, "sample_predictions", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune_detector(*volume, longer, seen.append)
+    assert next(entry for entry in seen if entry.stage != "plan").note.startswith("epoch 2")
+    seen.clear()
     result = finetune_detector(*volume, longer, seen.append)
     assert (result.resumed, result.epochs) == (True, 3)
-    assert seen[0].note.startswith("epoch 2")
-    assert [path.name for path in options.out.parent.iterdir()] == ["detector.pt"]
+    assert {entry.stage for entry in seen} == {"plan"}
+    one, other = (load_detector(path).network.state_dict() for path in (whole.out, options.out))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    rows = [read_history(path.with_name("detector.training") / "history.csv") for path in (whole.out, options.out)]
+    assert len(rows[0]) == 3
+    for first, second in zip(*rows, strict=True):
+        assert first | {"elapsed_s": 0} == second | {"elapsed_s": 0}
 
 
 def test_a_hostile_architecture_inside_a_checkpoint_is_refused(volume, options, tmp_path):
-    detector = load_detector(DEFAULT_ARCHITECTURE)
+    planted = load_detector(DEFAULT_ARCHITECTURE)
     canary = tmp_path / "canary"
-    detector.network.yaml["activation"] = f"__import__('pathlib').Path({str(canary)!r}).touch() or nn.SiLU()"
-    torch.save({"model": detector.network, "train_args": {"imgsz": 64}}, tmp_path / "hostile.pt")
+    planted.network.yaml["activation"] = f"__import__('pathlib').Path({str(canary)!r}).touch() or nn.SiLU()"
+    torch.save({"model": planted.network, "train_args": {"imgsz": 64}}, tmp_path / "hostile.pt")
     with pytest.raises(UnsafeFileError, match="activation"):
         finetune_detector(*volume, dataclasses.replace(options, start=tmp_path / "hostile.pt"))
     assert not canary.exists()
@@ -215,17 +266,6 @@ def test_an_absent_gpu_is_not_replaced(volume, options):
     schedule = dataclasses.replace(SHORT, device="cuda:0")
     with pytest.raises(MissingCapabilityError, match="cuda:0 is not available"):
         finetune_detector(*volume, dataclasses.replace(options, schedule=schedule))
-
-
-def test_objects_beyond_the_detector_are_pointed_out():
-    fine = BoxStatistics(tiles=9, objects=90, most_per_tile=20, short_side_px=(9.0, 30.0, 80.0))
-    assert box_warnings(fine, 512) == ()
-    crowded, narrow = (
-        dataclasses.replace(fine, most_per_tile=300),
-        dataclasses.replace(fine, short_side_px=(5.0, 9.0, 20.0)),
-    )
-    assert "larger zoom" in box_warnings(crowded, 512)[0]
-    assert "narrower than 5 px" in box_warnings(narrow, 512)[0]
 
 
 def test_a_resume_folder_belongs_to_its_fingerprint(tmp_path):
