@@ -116,6 +116,8 @@ _PRESET_HELP = "Memory that a step may take; auto plans it from what is free, an
 @SCHEDULE.flag("--checkpointing", "checkpointing", "Compute the encoder's blocks twice: a fraction of the memory.")
 @SCHEDULE.flag("--no-checkpointing", "checkpointing", "Keep what they compute.")
 @data_options(SETTINGS)
+@SETTINGS.option("--pseudo", "pseudo", [PATH], "Folder of pseudo-labels that teach, too, and never judge. Repeatable.")
+@SETTINGS.option("--pseudo-weight", "pseudo_weight", POSITIVE, "How often they are drawn, true labels being 1.")
 @SCHEDULE.option("--seed", "seed", click.IntRange(0), "Source of every random choice.")
 @SCHEDULE.option("--device", "device", str, "cpu or cuda[:N].")
 @SCHEDULE.option("--devices", "devices", COUNT, "GPUs, on the CPU processes, that train together.")

@@ -1,0 +1,68 @@
+"""Several processes that train one model: the same as one process that accumulates their batches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from labelled_discs import write_discs
+
+from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError, VolumeError
+from dendsam_deploy.models.weights import load_sam
+from dendsam_deploy.training.finetune import finetune_sam
+from dendsam_deploy.training.sam_options import FinetuneSamOptions, SamTrainingOptions
+
+SCHEDULE = SamTrainingOptions(
+    minutes=None, steps=3, judge_steps=2, objects_per_tile=2, judge_slices=1, learning_rate=1e-3, point_fraction=0.5
+)
+
+
+def options_of(out, **changes):
+    schedule = dataclasses.replace(SCHEDULE, **changes)
+    return FinetuneSamOptions(out, from_scratch=True, image_size=64, gap=1, zoom=1.0, schedule=schedule)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_from_twice_the_batches(tmp_path):
+    write_discs(tmp_path)
+    paths = tmp_path / "raw.tif", tmp_path / "labels.tif"
+    alone = finetune_sam(*paths, options_of(tmp_path / "one.pt", accumulate=2))
+    seen = []
+    together = finetune_sam(*paths, options_of(tmp_path / "two.pt", devices=2, accumulate=1), seen.append)
+    assert [row[0] for row in together.history] == [row[0] for row in alone.history] == [0, 2, 3]
+    assert {entry.stage for entry in seen} == {"plan", "train"}
+    first, second = (load_sam(tmp_path / name).sam.state_dict() for name in ("one.pt", "two.pt"))
+    start = load_sam_at_start(tmp_path)
+    moved = [name for name in first if not torch.equal(first[name], start[name])]
+    assert len(moved) > 100
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-4)
+    assert together.held_out_iou == pytest.approx(alone.held_out_iou, abs=0.02)
+    assert together.plan["tiles_per_step"] == 1
+
+
+def load_sam_at_start(tmp_path):
+    """Return the weights that a training without a step writes: nothing is better than the beginning."""
+    options = options_of(tmp_path / "none.pt", learning_rate=1e-12, steps=1)
+    finetune_sam(tmp_path / "raw.tif", tmp_path / "labels.tif", options)
+    return load_sam(tmp_path / "none.pt").sam.state_dict()
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_in_a_process_is_told_as_if_there_were_one(tmp_path):
+    write_discs(tmp_path)
+    tifffile.imwrite(tmp_path / "empty.tif", np.zeros((8, 72, 80), np.uint16))
+    with pytest.raises(VolumeError, match="no object"):
+        finetune_sam(tmp_path / "raw.tif", tmp_path / "empty.tif", options_of(tmp_path / "sam.pt", devices=2))
+
+
+def test_devices_that_are_not_there(tmp_path):
+    write_discs(tmp_path)
+    paths = tmp_path / "raw.tif", tmp_path / "labels.tif"
+    with pytest.raises(InvalidArgumentError, match="cuda:0 names one GPU, but 2 devices were asked for"):
+        finetune_sam(*paths, options_of(tmp_path / "sam.pt", device="cuda:0", devices=2))
+    with pytest.raises(MissingCapabilityError, match="99 GPUs were asked for"):
+        finetune_sam(*paths, options_of(tmp_path / "sam.pt", device="cuda", devices=99))
