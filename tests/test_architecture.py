@@ -60,6 +60,8 @@ VENDOR_HOMES = {
     "timm": ["models/tiny_vit.py"],
     "lightning_fabric": ["training/launcher.py"],
     "ultralytics": ["models/detector.py"],
+    "pooch": ["models/weights_download.py"],
+    "requests": ["models/weights_download.py"],
 }
 """Which files may import a library. A home is a folder or the beginning of a file name."""
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dendsam_deploy.cli.options import PATH, Settings, command, extra, json_option, output_option
+from dendsam_deploy.cli.weights import weights_file, with_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,8 +23,8 @@ FORMS = click.Choice(["added", "widened"])
 
 
 @command("export", "export --sam ca1-sam.pt --detector ca1-yolo.pt -o exports/ca1")
-@click.option("--sam", type=PATH, required=True, help="SAM checkpoint.")
-@SETTINGS.option("--detector", "detector", PATH, "YOLO checkpoint (.pt), description (.yaml), or a detector in ONNX.")
+@click.option("--sam", type=PATH, required=True, help="SAM checkpoint, or a name such as sam_vit_b.")
+@SETTINGS.option("--detector", "detector", PATH, "YOLO checkpoint, description (.yaml), ONNX file or name.")
 @output_option("Folder of the bundle, such as exports/NAME.", required=True)
 @SETTINGS.option("--name", "name", str, "Name of the bundle.  [default: that of its folder]")
 @SETTINGS.option("--image-size", "image_size_px", int, "Side of the tiles, px.  [default: that of the weights]")
@@ -60,7 +61,8 @@ def export(context: click.Context, sam: Path, out: Path, no_verify: bool, json_f
         return verify_bundle(folder, VerifyOptions(session=SessionOptions(precision=precision)))
 
     console: Console = context.obj
-    options = ExportOptions(sam=sam, out=out, **SETTINGS.given(context))
+    given = with_weights(console, SETTINGS.given(context), "detector")
+    options = ExportOptions(sam=weights_file(console, sam), out=out, **given)
     with console.progress() as progress:
         judges = Judges(None if no_verify else gate, time_encoder)
         bundle = Bundle.open(export_bundle(options, judges, progress, console.note))

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dendsam_deploy.cli.options import PATH, command, extra, json_option
+from dendsam_deploy.cli.options import PATH, command, json_option
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from dendsam_deploy.cli.console import Console
+    from dendsam_deploy.models.named_weights import KnownWeights
 
 Facts = dict[str, Any]
 
-_CHECKPOINT_SUFFIXES = (".pt", ".pth")
+_CHECKPOINT_SUFFIXES = (".pt", ".pth", ".ckpt")
 
 
 @command("info", "info ca1.tif")
@@ -26,8 +27,8 @@ _CHECKPOINT_SUFFIXES = (".pt", ".pth")
 def info(context: click.Context, path: Path, json_file: Path | None) -> None:
     """Say what a volume, a checkpoint, a bundle or a result is.
 
-    PATH is an image or label volume, a checkpoint of SAM or YOLO, an ONNX file, a bundle, or the folder that segment
-    made.
+    PATH is an image or label volume, a checkpoint of SAM or YOLO, an ONNX file, a bundle, the folder that segment made,
+    or the name of known weights such as sam_vit_b. Nothing in the file is run.
     """
     console: Console = context.obj
     facts = describe(path)
@@ -35,10 +36,13 @@ def info(context: click.Context, path: Path, json_file: Path | None) -> None:
 
 
 def describe(path: Path) -> Facts:
-    """Return the facts of a path, among them its ``kind``: volume, sam, detector, graph, bundle or run."""
+    """Return the facts of a path, among them its ``kind``: volume, sam, detector, graph, bundle, run or weights."""
     from dendsam_deploy.bundle.bundle import MANIFEST_FILE
+    from dendsam_deploy.models.named_weights import known_weights
     from dendsam_deploy.pipeline.journal import JOURNAL_FILE
 
+    if not path.exists() and (weights := known_weights().get(str(path))):
+        return _weights_facts(weights)
     if (path / MANIFEST_FILE).is_file():
         return _bundle_facts(path)
     if (path / JOURNAL_FILE).is_file():
@@ -75,34 +79,86 @@ def _volume_facts(path: Path) -> Facts:
 
 
 def _checkpoint_facts(path: Path) -> Facts:
-    """Describe weights; which library made them is told from the names in the file, before anything is loaded."""
+    """Describe weights; which library made them is told from the names in the file, none of which is looked up."""
+    from dendsam_deploy.models.detector_file import is_detector_file
     from dendsam_deploy.models.pickled_names import pickled_names
 
-    if any(name.startswith("ultralytics.") for name in pickled_names(path)):
-        with extra("train"):
-            from dendsam_deploy.models.detector import load_detector
-        detector = load_detector(path)
-        return {
-            "kind": "detector",
-            "path": str(path),
-            "architecture": detector.architecture,
-            "image_size_px": detector.image_size_px,
-            "classes": list(detector.class_names),
-            "sha256": detector.sha256,
-            "training": None if detector.record is None else dataclasses.asdict(detector.record),
-        }
-    with extra("train"):
-        from dendsam_deploy.models.weights import load_sam
-    sam = load_sam(path)
+    return _detector_facts(path) if is_detector_file(pickled_names(path)) else _sam_facts(path)
+
+
+def _sam_facts(path: Path) -> Facts:
+    """Describe a checkpoint of SAM from its names and shapes."""
+    from dendsam_deploy.models.checkpoint_kinds import LAYOUTS, open_sam_file
+    from dendsam_deploy.models.tensor_file import sha256_of
+
+    with open_sam_file(path) as (_, found):
+        record = found.training_record(path)
+        adapters = None if found.adapters is None else dataclasses.asdict(found.adapters)
     return {
         "kind": "sam",
         "path": str(path),
-        "architecture": sam.record.model_type,
-        "image_size_px": sam.record.image_size,
-        "model_pixel_size_nm": sam.record.model_pixel_size_nm,
-        "zoom": sam.record.zoom,
-        "sha256": sam.sha256,
-        "training": sam.record.summary or None,
+        "layout": found.layout,
+        "made_as": LAYOUTS[found.layout],
+        "architecture": record.model_type,
+        "image_size_px": record.image_size,
+        "adapters": adapters or "none",
+        "segmentation_decoder": found.has_segmentation_decoder,
+        "answers_prompts": found.layout != "unetr",
+        "model_pixel_size_nm": record.model_pixel_size_nm,
+        "zoom": record.zoom,
+        "parameters": found.parameters,
+        "dtypes": sorted({tensor.dtype for tensor in found.tensors.values()}),
+        "bytes": path.stat().st_size,
+        "sha256": sha256_of(path),
+        "trained_by": found.trained_by or None,
+        "training": record.summary or found.progress or None,
+        "other_objects": list(found.foreign),
+    }
+
+
+def _detector_facts(path: Path) -> Facts:
+    """Describe a checkpoint of ultralytics from what a closed process reads in it."""
+    from dendsam_deploy.models.detector_file import read_detector_file
+    from dendsam_deploy.models.tensor_file import sha256_of
+
+    found = read_detector_file(path)
+    version = f"ultralytics {found.version}".strip()
+    return {
+        "kind": "detector",
+        "path": str(path),
+        "architecture": found.architecture,
+        "head": found.head,
+        "image_size_px": found.image_size_px,
+        "classes": list(found.class_names),
+        "parameters": found.parameters,
+        "dtypes": sorted({array.dtype.name for array in found.tensors.values()}),
+        "bytes": path.stat().st_size,
+        "sha256": sha256_of(path),
+        "trained_by": f"dendsam-deploy with {version}" if found.record else version,
+        "date": found.date or None,
+        "licence": found.licence or None,
+        "training": None if found.record is None else dataclasses.asdict(found.record),
+    }
+
+
+def _weights_facts(weights: KnownWeights) -> Facts:
+    """Describe an entry of the registry of known weights, and whether its file is on this machine."""
+    is_here = weights.place.is_file()
+    return {
+        "kind": "weights",
+        "name": weights.name,
+        "aliases": list(weights.aliases),
+        "role": weights.role,
+        "architecture": weights.architecture,
+        "licence": weights.licence,
+        "source": weights.source,
+        "url": weights.url or weights.packaged or f"found by record {weights.zenodo_record} of Zenodo",
+        "digest": weights.digest or "none published; noted on first use",
+        "bytes": weights.place.stat().st_size if is_here else weights.size_bytes,
+        "citation": weights.citation or None,
+        "note": weights.note,
+        "file": str(weights.place),
+        "is_here": is_here,
     }
 
 
@@ -148,7 +204,7 @@ def _run_facts(path: Path) -> Facts:
 def _listed(facts: Facts) -> str:
     """Write facts as lines; what is unknown is said to be. The many settings of a run are left to --json."""
     return "\n".join(
-        f"{key:<20} {_written(value)}" for key, value in facts.items() if value != "" and key != "settings"
+        f"{key:<20} {_written(value)}" for key, value in facts.items() if value not in ("", []) and key != "settings"
     )
 
 
@@ -156,6 +212,8 @@ def _written(value: object) -> str:
     """Write a fact for people."""
     if value is None:
         return "not recorded"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):

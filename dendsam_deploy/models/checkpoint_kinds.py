@@ -28,8 +28,9 @@ from dendsam_deploy.models.adapters import AdapterFacts, adapter_facts, other_ad
 from dendsam_deploy.models.architectures import ENCODER_SHAPES, default_image_size
 from dendsam_deploy.models.inert_values import Name, Placeholder
 from dendsam_deploy.models.pickled_names import check_names
-from dendsam_deploy.models.stored_tensor import StoredTensor
+from dendsam_deploy.models.stored_tensor import STATISTICS, StoredTensor
 from dendsam_deploy.models.tensor_file import open_tensor_file
+from dendsam_deploy.models.training_record import TrainingRecord, checked_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -101,8 +102,20 @@ class SamFile:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of SAM and its adapters."""
-        return sum(tensor.size for tensor in self.tensors.values())
+        """Number of parameters of SAM and its adapters; the running statistics of normalisation are none."""
+        return sum(tensor.size for key, tensor in self.tensors.items() if not key.endswith(STATISTICS))
+
+    def training_record(self, path: Path) -> TrainingRecord:
+        """Return this program's own record, or what the tensors tell.
+
+        Raises
+        ------
+        CheckpointError
+            Where the record, or the width of the encoder, is unknown.
+        """
+        if self.layout == "own":
+            return checked_record(self.record, path)
+        return TrainingRecord(*architecture(self.tensors, path))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from dendsam_deploy.errors import CheckpointError
 from dendsam_deploy.models.closed_process import ClosedTask, run_closed
 from dendsam_deploy.models.detector_conversion import ARRAYS_FILE, DESCRIPTION_FILE
 from dendsam_deploy.models.detector_names import check_detector_names
+from dendsam_deploy.models.stored_tensor import STATISTICS
 from dendsam_deploy.models.tensor_file import open_tensor_file
 
 if TYPE_CHECKING:
@@ -96,8 +97,8 @@ class DetectorFile:
 
     @property
     def parameters(self) -> int:
-        """Number of values of the state dict."""
-        return sum(array.size for array in self.tensors.values())
+        """Number of parameters; the running statistics of normalisation are none."""
+        return sum(array.size for key, array in self.tensors.items() if not key.endswith(STATISTICS))
 
     @property
     def image_size_px(self) -> int:

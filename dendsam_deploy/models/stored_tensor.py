@@ -46,6 +46,9 @@ _DTYPES = {f"torch.{name}": name for name in ITEM_BYTES} | {
 }
 _MOST_AXES = 32
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Ends of the names of tensors that normalisation layers keep and no training adjusts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Storage:

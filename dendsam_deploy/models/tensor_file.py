@@ -11,6 +11,7 @@ of pickles followed by the storages.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import sys
 import zipfile
@@ -122,6 +123,12 @@ def open_tensor_file(path: Path) -> Iterator[TensorFile]:
         else:
             opened = _sequence(path, file, size)
         yield opened
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Archive:

@@ -7,7 +7,6 @@ file, ``{"model_state": state dict, "dendsam": record}``, which also knows how i
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import pickle
 import warnings
 from dataclasses import dataclass
@@ -26,12 +25,12 @@ from dendsam_deploy.models.checkpoint_kinds import (
     STATE_KEY,
     Layout,
     SamFile,
-    architecture,
     open_sam_file,
 )
 from dendsam_deploy.models.pickled_names import check_names, pickled_names
 from dendsam_deploy.models.sam import build_sam
-from dendsam_deploy.models.training_record import TrainingRecord, checked_record
+from dendsam_deploy.models.tensor_file import sha256_of
+from dendsam_deploy.models.training_record import TrainingRecord
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -117,7 +116,7 @@ def load_sam(path: Path, image_size: int | None = None, base: Path | None = None
         If the file was made to run code where it is opened carelessly.
     """
     with open_sam_file(path) as (file, found):
-        record = _record(found, path)
+        record = found.training_record(path)
         sam = _build(record, image_size, path)
         _check_completeness(found, sam, record, path)
         bottom = _base(found, record, base, path)
@@ -194,19 +193,6 @@ def save_with_torch(path: Path, content: object) -> None:
         raise StorageError(
             f"{path}: cannot be written ({_refusal(error)}); free space there or choose another place"
         ) from error
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _record(found: SamFile, path: Path) -> TrainingRecord:
-    """Return the record of a checkpoint, or what its tensors tell."""
-    if found.layout == "own":
-        return checked_record(found.record, path)
-    return TrainingRecord(*architecture(found.tensors, path))
 
 
 def _build(record: TrainingRecord, image_size: int | None, path: Path) -> Sam:

@@ -238,10 +238,16 @@ class FinetuneSamOptions(DataOptions):
         Architecture. ``tiny`` starts from the packaged weights unless `start` says otherwise.
     start : Path or None
         Checkpoint to start from; needed for the official architectures.
+    start_base : Path or None
+        Whole SAM whose prompt encoder and mask decoder complete a `start` that has an image encoder only.
     image_size : int or None
         Side of the model's input, px; None: that of the starting weights.
     from_scratch : bool
         Start from random weights.
+    pseudo : tuple of Path
+        Folders of pseudo-labels that teach beside the true labels, see `pseudo.open_pseudo_sources`.
+    pseudo_weight : float
+        How often all of them together are drawn from, relative to all true labels together.
     resume : bool
         Go on with an interrupted run of the same settings, if there is one.
     schedule : SamTrainingOptions
@@ -251,8 +257,11 @@ class FinetuneSamOptions(DataOptions):
     out: Path
     model_type: ModelType = "tiny"
     start: Path | None = None
+    start_base: Path | None = None
     image_size: int | None = None
     from_scratch: bool = False
+    pseudo: tuple[Path, ...] = ()
+    pseudo_weight: float = 0.5
     resume: bool = True
     schedule: SamTrainingOptions = field(default_factory=SamTrainingOptions)
 
@@ -264,3 +273,5 @@ class FinetuneSamOptions(DataOptions):
             )
         if self.from_scratch and self.start is not None:
             raise InvalidArgumentError("training starts from a checkpoint or from scratch, not both; give one of them")
+        if not 0 < self.pseudo_weight < math.inf:
+            raise InvalidArgumentError(f"the weight of pseudo-labels is {self.pseudo_weight}, expected more than 0")
