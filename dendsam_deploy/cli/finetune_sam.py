@@ -19,6 +19,7 @@ from dendsam_deploy.cli.options import (
     output_option,
     word,
 )
+from dendsam_deploy.cli.weights import with_weights
 from dendsam_deploy.models.architectures import MODEL_TYPES
 from dendsam_deploy.training.sam_options import (
     PRECISION_NAMES,
@@ -87,7 +88,8 @@ _PRESET_HELP = "Memory that a step may take; auto plans it from what is free, an
 @output_option("Checkpoint to write.", required=True)
 @json_option
 @SETTINGS.option("--model", "model_type", MODELS, "Architecture.")
-@SETTINGS.option("--start", "start", PATH, "Checkpoint to start from; tiny has one of its own.")
+@SETTINGS.option("--start", "start", PATH, "Checkpoint to start from, or a name such as sam_vit_b; tiny has one.")
+@SETTINGS.option("--start-base", "start_base", PATH, "Whole SAM that completes a --start with an image encoder only.")
 @SETTINGS.flag("--from-scratch", "from_scratch", "Start from random weights.")
 @SETTINGS.option("--image-size", "image_size", int, "Side of the model's input, px.  [default: that of the weights]")
 @SCHEDULE.option("--train", "train", click.Choice(TRAINED_PARTS), _TRAIN_HELP)
@@ -150,7 +152,8 @@ def finetune_sam(
     if "steps" in given:
         given.setdefault("minutes", None)
     schedule = SamTrainingOptions(**given)
-    options = FinetuneSamOptions(out=out, schedule=schedule, **SETTINGS.given(context))
+    given = with_weights(console, SETTINGS.given(context), "start", "start_base")
+    options = FinetuneSamOptions(out=out, schedule=schedule, **given)
     with console.progress() as progress:
         result = finetune_sam(volume, labels, options, told(console, progress))
     page = write_training_report(logbook_folder(out), result.story)

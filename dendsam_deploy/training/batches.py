@@ -62,7 +62,8 @@ class Batch(NamedTuple):
     """Tiles, and n prompted objects in the order of their tiles.
 
     Of the objects, `numbers` (n,) are their numbers on the tile `tile_index` (n,), `boxes_xyxy` (n, 4) their tight
-    boxes and `prompts` boxes (n, 4) or points (n, 2), all in tile px.
+    boxes and `prompts` boxes (n, 4) or points (n, 2), all in tile px. `sparse` are the tiles on which
+    some objects have no label.
     """
 
     tiles: tuple[Tile, ...]
@@ -71,6 +72,7 @@ class Batch(NamedTuple):
     boxes_xyxy: NDArray[np.float32]
     prompts: NDArray[np.float32]
     use_points: bool
+    sparse: tuple[int, ...] = ()
 
     def coverage(self, rows: NDArray[np.intp], origins_yx: NDArray[np.int64], side: int) -> NDArray[np.float32]:
         """Return which part of each cell of its region each object covers, ``(n, side, side)``, in S/4 cells."""
@@ -110,15 +112,19 @@ def draw_batch(
     """
     weights = np.array([source.weight for source in sources])
     tiles: list[Tile] = []
+    sparse: list[int] = []
     chosen: list[TileObjects] = []
     prompts: list[NDArray[np.float32]] = []
+    source: TrainingSource | None = None
     for _ in range(MOST_TILES_DRAWN):
-        source = sources[int(rng.choice(len(sources), p=weights / weights.sum()))]
+        # A tile without an object is drawn again from the same source: sparse labels are no reason to get less.
+        source = source or sources[int(rng.choice(len(sources), p=weights / weights.sum()))]
         tile = random_tile(source.train, source.recipe, rng)
         objects = tile_objects(tile, max(recipe.min_object_px * source.recipe.zoom**2 / 2, 1))
         if not len(objects.numbers):
             continue  # it would teach a decoder of prompts nothing
         objects = objects.take(rng.permutation(len(objects.numbers))[: recipe.objects_per_tile])
+        sparse += [] if source.is_dense else [len(tiles)]
         tiles.append(tile)
         chosen.append(objects)
         if use_points:
@@ -126,6 +132,7 @@ def draw_batch(
         else:
             drawn = jittered_boxes(objects.boxes_xyxy, recipe.box_jitter, recipe.exact_fraction, rng)
         prompts.append(drawn)
+        source = None
         if len(tiles) == recipe.tiles:
             return Batch(
                 tiles=tuple(tiles),
@@ -134,5 +141,6 @@ def draw_batch(
                 boxes_xyxy=np.concatenate([objects.boxes_xyxy for objects in chosen]),
                 prompts=np.concatenate(prompts),
                 use_points=use_points,
+                sparse=tuple(sparse),
             )
     raise VolumeError(f"hardly any of {MOST_TILES_DRAWN} random tiles shows an object; choose slices that are labelled")

@@ -14,10 +14,12 @@ from dendsam_deploy.errors import CheckpointError, InvalidArgumentError
 from dendsam_deploy.models.sam import build_sam, initialise
 from dendsam_deploy.models.weights import TrainingRecord, load_sam, save_sam
 from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
+from dendsam_deploy.training.boxes import slices_text
 from dendsam_deploy.training.course import TrainedSam, TrainingState
 from dendsam_deploy.training.judge import Judgement
 from dendsam_deploy.training.launcher import Alone, Team, run_in_team
 from dendsam_deploy.training.logbook import Logbook, logbook_folder
+from dendsam_deploy.training.pseudo import TrueLabels, open_pseudo_sources
 from dendsam_deploy.training.resume import ResumeFile, training_fingerprint
 from dendsam_deploy.training.sam import SamTrainer
 from dendsam_deploy.training.sam_story import FinalScores, history_row, sam_story
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from dendsam_deploy.models.architectures import ModelType
     from dendsam_deploy.training.plan import TrainingPlan
     from dendsam_deploy.training.sam_options import FinetuneSamOptions, SamTrainingOptions
+    from dendsam_deploy.training.source import TrainingSource
     from dendsam_deploy.training.story import TrainingStory
     from dendsam_deploy.training.volume_list import LabelledPaths
 
@@ -141,11 +144,16 @@ def _train(
     sam, image_size, digest = _starting_model(options)
     with ExitStack() as stack:
         sources = stack.enter_context(open_sources(volumes, options, image_size))
+        pseudo: tuple[TrainingSource, ...] = ()
+        if options.pseudo:
+            true = TrueLabels(volumes, sources, options.gap)
+            pseudo = stack.enter_context(open_pseudo_sources(options.pseudo, options.pseudo_weight, true))
         saved = ResumeFile(options.out, training_fingerprint(options, volumes, digest))
         state = saved.load(TrainingState) if options.resume else None
         schedule = _schedule_here(options.schedule, team, state)
-        trainer = SamTrainer(sam, sources, schedule, with_hints=options.model_type == "tiny", team=team)
-        for line in (*trainer.plan.lines(), *([] if state is None else [f"going on from step {state.step}"])):
+        trainer = SamTrainer(sam, (*sources, *pseudo), schedule, with_hints=options.model_type == "tiny", team=team)
+        taught = [f"{source.name}: slices {slices_text(source.train.slices)}" for source in pseudo]
+        for line in (*trainer.plan.lines(), *taught, *([] if state is None else [f"going on from step {state.step}"])):
             progress(Progress("plan", 0, 1, line))
         keep = None
         if team.rank == 0:
@@ -232,6 +240,7 @@ def _origin(volumes: Sequence[LabelledPaths], options: FinetuneSamOptions) -> di
     return {
         "volume": ", ".join(entry.volume.name for entry in volumes),
         "labels": ", ".join(entry.labels.name for entry in volumes),
+        "pseudo_labels": [folder.name for folder in options.pseudo],
         "seed": schedule.seed,
         "protocol": schedule.protocol,
         "trained": f"lora, rank {schedule.lora_rank}, merged" if schedule.train == "lora" else schedule.train,

@@ -77,8 +77,11 @@ class BoxLesson:
         """Yield one part: Dice loss, twice the cross entropy, error of the predicted IoU, and the hints."""
         losses = self._mask_losses(embeddings, batch)
         loss = (losses.dice + 2 * losses.cross_entropy + losses.iou_error).mean()
-        if self.hints is not None:
-            loss = loss + 0.5 * self.hints(embeddings, *_dense_targets(batch.tiles, embeddings.device))
+        # A hint speaks of every pixel, so it would call an object without a label background.
+        dense = [index for index in range(len(batch.tiles)) if index not in batch.sparse]
+        if self.hints is not None and dense:
+            tiles = [batch.tiles[index] for index in dense]
+            loss = loss + 0.5 * self.hints(embeddings[dense], *_dense_targets(tiles, embeddings.device))
         yield Part(loss, float(losses.iou.mean()), 1.0)
 
     def _mask_losses(self, embeddings: Tensor, batch: Batch) -> MaskLosses:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dendsam_deploy.durable import write_text
 from dendsam_deploy.errors import CheckpointError, StorageError
 from dendsam_deploy.models.weights import read_tensors, write_tensors
+from dendsam_deploy.training.pseudo import pseudo_fingerprints
 from dendsam_deploy.volume.open import input_signature
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def training_fingerprint(
         "resume": None,
         "data": None,
         "start": start_digest,
+        "pseudo": pseudo_fingerprints(getattr(options, "pseudo", ())),
         "volumes": [
             dataclasses.asdict(entry)
             | {"place": None, "volume": input_signature(entry.volume), "labels": input_signature(entry.labels)}

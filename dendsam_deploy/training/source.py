@@ -44,6 +44,9 @@ class TrainingSource:
         Size of a model pixel, where the volume records its voxel size.
     name : str
         What a report calls it.
+    is_dense : bool
+        Whether pixels without a label show no object. Where some objects have no label, only what holds for each
+        labelled object by itself may be learnt.
     """
 
     train: LabelledVolume
@@ -52,6 +55,7 @@ class TrainingSource:
     weight: float = 1.0
     model_pixel_size_nm: float | None = None
     name: str = ""
+    is_dense: bool = True
 
 
 @contextmanager
@@ -144,6 +148,8 @@ def _divided(
     train, judge = split_blocks(depth, fraction, options.gap, entry.slices or options.slices, named)
     if not judge and not entry.only_teaches:
         raise InvalidArgumentError("training needs slices to judge by, one of them held out at least; hold some out")
+    if entry.train:
+        train = _named_slices(train, entry)
     learn = LabelledVolume(image, labels, train, options.background_labels)
     held_out = LabelledVolume(image, labels, judge, options.background_labels) if judge else None
     areas = learn.object_areas()
@@ -160,6 +166,18 @@ def _divided(
     if options.augment == "none":
         recipe = dataclasses.replace(recipe, scale_octaves=0.0, stretch=0.0)
     return TrainingSource(learn, held_out, recipe, entry.weight, pixel_size_nm, entry.volume.name)
+
+
+def _named_slices(allowed: Sequence[int], entry: LabelledPaths) -> Sequence[int]:
+    """Return the slices that may train and that are named to."""
+    named = {z for pair in entry.train for z in range(*pair)}
+    train = tuple(z for z in allowed if z in named)
+    if not train:
+        raise InvalidArgumentError(
+            f"{entry.volume}: none of the slices {slices_text(sorted(named))} that are to train may do so; "
+            f"{slices_text(allowed)} may"
+        )
+    return train
 
 
 def _require_objects(path: Path, slices: Sequence[int], areas_px: NDArray[np.int64]) -> None:

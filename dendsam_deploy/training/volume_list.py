@@ -26,6 +26,7 @@ _CALLED = {
     "volume": ("volume", "image", "raw"),
     "labels": ("labels", "label", "truth"),
     "slices": ("slices",),
+    "train": ("train", "train_slices"),
     "held_out": ("held_out", "heldout", "holdout"),
     "weight": ("weight",),
     "voxel_size": ("voxel_size", "voxel_size_nm", "voxelsize"),
@@ -45,6 +46,8 @@ class LabelledPaths:
         Image and instance labels of the same shape.
     slices : (int, int) or None
         Half-open range of slices that may be used; None: as the training's options say.
+    train : tuple of (int, int)
+        Half-open ranges that train, of those that may; empty: all that may.
     held_out : tuple of (int, int)
         Half-open ranges that judge and never train; empty: as the training's options say.
     only_teaches : bool
@@ -60,6 +63,7 @@ class LabelledPaths:
     volume: Path
     labels: Path
     slices: tuple[int, int] | None = None
+    train: tuple[tuple[int, int], ...] = ()
     held_out: tuple[tuple[int, int], ...] = ()
     only_teaches: bool = False
     weight: float = 1.0
@@ -105,7 +109,8 @@ def read_volume_list(path: Path) -> tuple[LabelledPaths, ...]:
     with commas, semicolons or tabs, whose first line may name the columns ``volume, labels, slices, held_out, weight,
     voxel_size``. Without such a line they come in the order ``volume, labels, slices, weight, voxel_size``. Paths are
     relative to the folder of the file; a name with spaces stands in quotes. Empty lines and lines that begin with ``#``
-    are skipped. ``held-out=none`` makes a volume teach and never judge.
+    are skipped. ``held-out=none`` makes a volume teach and never judge, and
+    ``train=0:4`` makes no others than these slices teach.
 
     Parameters
     ----------
@@ -238,6 +243,7 @@ def _entry(values: dict[str, str], folder: Path, place: str) -> LabelledPaths:
     paths = LabelledPaths(folder / values["volume"], folder / values["labels"], place=place)
     readers: dict[str, tuple[str, Callable[[str], object]]] = {
         "slices": ("slices", _slices),
+        "train": ("train", _blocks),
         "held_out": ("held_out", _blocks),
         "weight": ("weight", _weight),
         "voxel_size": ("voxel_size_nm", _voxel_size),

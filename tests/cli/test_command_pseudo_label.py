@@ -52,7 +52,7 @@ def test_everything_that_is_found_can_be_kept(run, discs, exported, tmp_path) ->
         (["-o", "out", "--truth", "labels.tif", "--truth-slices", "3:9"], "not among the slices 0:4"),
     ],
 )
-def test_wrong_words_are_usage_errors(run, discs, exported, words, complaint, monkeypatch, tmp_path) -> None:
+def test_wrong_words_are_usage_errors(run, discs, exported, tmp_path, monkeypatch, *, words, complaint) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "labels.tif").write_bytes((discs / "labels.tif").read_bytes())
     outcome = run("pseudo-label", discs / "raw.tif", "-b", exported.bundle, "-q", *words)
