@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dendsam_deploy.bundle.records import RecordError, object_from_json, record_from_json
 from dendsam_deploy.errors import BundleError
 
 SCHEMA_VERSION = 2
-"""Version of the manifest that this program writes and reads."""
+"""Version of the manifest that this program writes; version 1, without `GraphSpec.attention`, is read as well."""
 
 Role = Literal["detector", "encoder", "decoder", "points"]
 """Parts of the chain; ``points``, the decoder for clicks, is not part of every bundle, and `segment` needs none."""
@@ -171,12 +171,23 @@ class Manifest:
         except RecordError as error:
             raise BundleError(f"{source}: {error}; export the bundle again") from error
         version = document.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version not in (1, SCHEMA_VERSION):
             raise BundleError(
-                f"{source}: schema version {version!r}, this program reads {SCHEMA_VERSION}; "
+                f"{source}: schema version {version!r}, this program reads 1 to {SCHEMA_VERSION}; "
                 "export the bundle again or use the version of dendsam-deploy that wrote it"
             )
+        if version == 1:
+            _bring_up_to_date(document)
         try:
             return record_from_json(cls, document, "manifest", is_strict=True)
         except RecordError as error:
             raise BundleError(f"{source}: {error}") from error
+
+
+def _bring_up_to_date(document: dict[str, Any]) -> None:
+    """Turn a manifest of version 1 into one of today, in place."""
+    document["schema_version"] = SCHEMA_VERSION
+    graphs = document.get("graphs")
+    for graph in graphs if isinstance(graphs, list) else []:
+        if isinstance(graph, dict):
+            graph.setdefault("attention", None)
