@@ -129,7 +129,7 @@ class SamTrainer:
             done = self.team.agree(self._fraction_done(course))
             if done >= 1:
                 break
-            course.take(self._step(course.step, done), earlier + time.monotonic() - started)
+            course.take(self.take_step(course.step, done), earlier + time.monotonic() - started)
             progress(self._progress(course))
             if self.team.agree(self._judgement_is_due(course.step, time.monotonic() - last_judged)):
                 self._judge(course)
@@ -237,7 +237,7 @@ class SamTrainer:
         text = f"step {step}, loss {loss:.3f}, IoU {iou:.3f}, held-out {held_out:.3f}, {left:.1f} min left"
         return Progress("train", done, 1.0, text)
 
-    def _step(self, step: int, done: float) -> tuple[float, float]:
+    def take_step(self, step: int, done: float) -> tuple[float, float]:
         """Take one optimiser step; return its loss and the mean IoU of its masks."""
         self.rate.before_step(step, done)
         set_training_mode(self.sam, self.options.train)

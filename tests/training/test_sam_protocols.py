@@ -137,7 +137,7 @@ class TestBatches:
         options = dataclasses.replace(SHORT, accumulate=2, point_fraction=0.0)
         trainer = trainer_of(start, options)
         trainer.optimiser = torch.optim.SGD(trainer._trained, lr=0.0)
-        trainer._step(0, 0.0)
+        trainer.take_step(0, 0.0)
         together = [p.grad.clone() for p in trainer.sam.image_encoder.parameters()]
         norm = torch.nn.utils.get_total_norm([p.grad for p in trainer._trained if p.grad is not None])
         assert norm <= 1.0 + 1e-4, "gradients are clipped at 1"
