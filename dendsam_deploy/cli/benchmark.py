@@ -13,6 +13,7 @@ from dendsam_deploy.cli.options import (
     HTML_FILE,
     PATH,
     PRECISIONS,
+    TRUST,
     VOXEL_SIZE,
     Settings,
     command,
@@ -54,6 +55,7 @@ def read_levels(text: str) -> tuple[str, ...]:
 @SETTINGS.option("--device", "devices", [str], "cpu or cuda[:N]. Repeatable.  [default: all that there are]")
 @SETTINGS.option("--precision", "precisions", [PRECISIONS], "Of the graphs. Repeatable.  [default: the bundle's]")
 @SETTINGS.option("--threads", "threads", click.IntRange(1), "Threads of one operator on the CPU.")
+@SETTINGS.option("--trust-engine", "trusted_engines", [str], TRUST)
 @SETTINGS.option("--sam", "sam", PATH, "SAM checkpoint of the bundle: measure the original torch modules, too.")
 @SETTINGS.option("--detector", "detector", PATH, "Detector checkpoint of the bundle, likewise.")
 @click.option(

@@ -82,6 +82,7 @@ PATH = _AnyPath(path_type=Path, readable=False)
 
 JSON_FILE = _ResultFile(".json")
 HTML_FILE = _ResultFile(".html", ".htm")
+CSV_FILE = _ResultFile(".csv")
 
 
 def command(name: str, example: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -293,6 +294,7 @@ def _written(value: object) -> str:
 
 ENGINES = click.Choice(["onnxruntime", "onnxruntime+tensorrt", "openvino", "tensorrt", "torch", "torch+package"])
 PRECISIONS = click.Choice(["fp32", "fp16", "bf16", "int8"])
+TRUST = "SHA-256 of a compiled engine to load although it was made elsewhere. Loading it runs code. Repeatable."
 
 RUNTIME = Settings("dendsam_deploy.runtimes.session:SessionOptions")
 
@@ -300,9 +302,8 @@ RUNTIME = Settings("dendsam_deploy.runtimes.session:SessionOptions")
 def runtime_options(function: Function) -> Function:
     """Add what the graphs run on, from ``--engine`` to ``--trust-engine``, read by `RUNTIME`."""
     engines = click.Choice(["auto", *ENGINES.choices])
-    trust = "SHA-256 of a compiled engine to load although it was made elsewhere. Loading it runs code. Repeatable."
     for option in (
-        RUNTIME.option("--trust-engine", "trusted_engines", [str], trust),
+        RUNTIME.option("--trust-engine", "trusted_engines", [str], TRUST),
         RUNTIME.option("--threads", "threads", click.IntRange(1), "Threads of one operator on the CPU."),
         RUNTIME.option("--precision", "precision", PRECISIONS, "Precision of the graphs."),
         RUNTIME.option("--device", "device", str, "auto, cpu or cuda[:N]."),

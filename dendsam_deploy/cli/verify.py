@@ -45,8 +45,9 @@ def verify(context: click.Context, bundle: Path, json_file: Path | None) -> None
     from dendsam_deploy.runtimes.session import SessionOptions
 
     console: Console = context.obj
-    options = VerifyOptions(session=SessionOptions(**RUNTIME.given(context)), **SETTINGS.given(context))
     with console.progress() as progress:
+        wishes = SessionOptions(**RUNTIME.given(context), progress=progress)
+        options = VerifyOptions(session=wishes, **SETTINGS.given(context))
         report = verify_bundle(bundle, options, progress)
     console.result(parity_table(report, in_full=console.verbosity > 0), report.to_document(), json_file)
     if not report.passed:

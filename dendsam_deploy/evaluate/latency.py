@@ -155,6 +155,7 @@ def _command(path: Path, options: BenchmarkOptions) -> str:
         ("--device", "devices"),
         ("--precision", "precisions"),
         ("--threads", "threads"),
+        ("--trust-engine", "trusted_engines"),
         ("--volume", "volume"),
         ("--voxel-size", "voxel_size_nm"),
         ("--boxes", "boxes"),
@@ -167,7 +168,7 @@ def _command(path: Path, options: BenchmarkOptions) -> str:
         value = getattr(options, name)
         if value == getattr(default, name):
             continue
-        if name in ("engines", "devices", "precisions"):
+        if name in ("engines", "devices", "precisions", "trusted_engines"):
             words += [word for each in value for word in (flag, each)]
         elif isinstance(value, tuple):
             words += [flag, ",".join(part if isinstance(part, str) else f"{part:g}" for part in value)]

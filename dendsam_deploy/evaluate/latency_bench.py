@@ -25,7 +25,8 @@ from dendsam_deploy.pipeline.job import SegmentOptions, input_digest
 from dendsam_deploy.pipeline.prepare import PreparedSlice, prepare_slice
 from dendsam_deploy.pipeline.run import segment_volume
 from dendsam_deploy.pipeline.segment import SliceOptions, SliceRecipe, make_recipe, segment_prepared
-from dendsam_deploy.runtimes.choice import Choice
+from dendsam_deploy.progress import ProgressCallback, no_progress
+from dendsam_deploy.runtimes.choice import Choice, proven_here
 from dendsam_deploy.runtimes.runner import keeps_tensors
 from dendsam_deploy.runtimes.session import Session, SessionOptions, session_on
 from dendsam_deploy.volume.intensity import to_uint8
@@ -72,6 +73,8 @@ class BenchSetup:
         Objects of every slice; None for those that the detector finds.
     workspace : str
         Folder for the results of whole runs.
+    trusted_engines : tuple of str
+        SHA-256 of compiled engines that may be loaded although somebody else made them.
     sam, detector : str or None
         Checkpoints of the reference.
     """
@@ -87,6 +90,7 @@ class BenchSetup:
     zoom: float | None
     boxes: int | None
     workspace: str
+    trusted_engines: tuple[str, ...] = ()
     sam: str | None = None
     detector: str | None = None
 
@@ -289,7 +293,7 @@ class Bench:
 
     def __enter__(self) -> Self:
         try:
-            self.session.__enter__()
+            self.session = self.session.__enter__()
         except BaseException:
             self.volume.__exit__(None, None, None)
             raise
@@ -304,8 +308,15 @@ class Bench:
             self.volume.__exit__(kind, error, traceback)
 
 
-def open_bench(setup: BenchSetup) -> Bench:
+def open_bench(setup: BenchSetup, progress: ProgressCallback = no_progress) -> Bench:
     """Open a bundle and a volume for measuring; the graphs are loaded when the bench is entered.
+
+    Parameters
+    ----------
+    setup : BenchSetup
+        What is put on the bench.
+    progress : callable
+        Told about slow preparations of an engine, such as compiling.
 
     Raises
     ------
@@ -314,18 +325,19 @@ def open_bench(setup: BenchSetup) -> Bench:
     """
     memory, before_mb = PeakMemory(), _device_memory_mb(setup.device)
     bundle = Bundle.open(setup.bundle)
-    session = _open_session(bundle, setup)
+    session = _open_session(bundle, setup, progress)
     volume = open_volume(Path(setup.volume), setup.voxel_size_nm)
     height, width = volume.info.shape_zyx[1:]
     wishes = SliceOptions(voxel_size_nm=volume.info.voxel_size_nm, zoom=setup.zoom)
     return Bench(setup, session, volume, make_recipe((height, width), bundle.manifest, wishes), memory, before_mb)
 
 
-def _open_session(bundle: Bundle, setup: BenchSetup) -> Session:
+def _open_session(bundle: Bundle, setup: BenchSetup, progress: ProgressCallback) -> Session:
     """Open the bundle on one combination, or the modules that it was exported from."""
     if setup.engine != TORCH_REFERENCE:
-        proven = bundle.parity is not None and bundle.parity.proves(*setup.combination)
-        return session_on(bundle, Choice(setup.combination, proven), SessionOptions(threads=setup.threads))
+        choice = Choice(setup.combination, setup.combination in proven_here(bundle))
+        options = SessionOptions(threads=setup.threads, trusted_engines=setup.trusted_engines, progress=progress)
+        return session_on(bundle, choice, options)
     try:
         reference: Any = importlib.import_module("dendsam_deploy.runtimes.torch_reference")
     except ImportError as error:

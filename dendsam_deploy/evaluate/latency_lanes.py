@@ -92,6 +92,11 @@ class Course:
             Progress("benchmark", min(self.elapsed_s, 0.99 * self.options.seconds), self.options.seconds, note)
         )
 
+    def tell_of_preparation(self, progress: Progress) -> None:
+        """Report how far an engine is with a slow preparation, such as compiling."""
+        share = f", {progress.done / progress.total:.0%}" if progress.total > 1 else ""
+        self.tell(f"{progress.stage}: {progress.note}{share}")
+
     def leave_out(self, combination: Combination, row: str | None, reason: object) -> None:
         """Note that something was not measured."""
         self.left_out.append(LeftOut(*combination, row, str(reason)))
@@ -130,7 +135,8 @@ def open_lanes(
             continue
         course.tell(f"loading {combination}")
         try:
-            worker = stack.enter_context(Worker(bench_setup(bundle, combination, subject, options, course.workspace)))
+            setup = bench_setup(bundle, combination, subject, options, course.workspace)
+            worker = stack.enter_context(Worker(setup, course.tell_of_preparation))
             lanes.append(_warm_lane(worker, bundle, course))
         except DendsamError as error:
             course.leave_out(combination, None, error)

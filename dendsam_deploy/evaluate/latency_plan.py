@@ -48,6 +48,8 @@ class BenchmarkOptions:
         of preference and as far as the time allows.
     threads : int or None
         Threads of one operator on the CPU; None takes one per physical core.
+    trusted_engines : tuple of str
+        SHA-256 of compiled engines that may be loaded, which runs code, although somebody else made them.
     volume : Path or None
         A volume whose slices are measured; None makes a synthetic one whose slices fill one tile.
     voxel_size_nm : (float, float, float) or None
@@ -70,6 +72,7 @@ class BenchmarkOptions:
     devices: tuple[str, ...] = ()
     precisions: tuple[Precision, ...] = ()
     threads: int | None = None
+    trusted_engines: tuple[str, ...] = ()
     volume: Path | None = None
     voxel_size_nm: tuple[float, float, float] | None = None
     boxes: int | None = None
@@ -235,6 +238,7 @@ def bench_setup(
         zoom=subject.zoom,
         boxes=subject.boxes,
         workspace=str(workspace),
+        trusted_engines=options.trusted_engines,
         sam=str(options.sam) if is_reference else None,
         detector=str(options.detector) if is_reference and options.detector else None,
     )

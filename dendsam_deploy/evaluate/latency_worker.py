@@ -1,8 +1,9 @@
 """A bench in a process of its own: engines do not meet, and what a process needs is what its combination needs.
 
 Both sides speak JSON, one line a message: ``{"do": ..., ...}`` one way, the answer or ``{"error": class, "message":
-text}`` the other. A worker waits for its next order without using the processor, so that several can hold their graphs
-loaded while they take turns.
+text}`` the other, before which any number of lines ``{"progress": ...}`` may come while an engine is prepared. A worker
+waits for its next order without using the processor, so that several can hold their graphs loaded while they take
+turns.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -24,6 +26,7 @@ from dendsam_deploy import errors
 from dendsam_deploy.errors import DendsamError, MissingCapabilityError
 from dendsam_deploy.evaluate.latency_bench import Bench, BenchSetup, Case, Sample, open_bench
 from dendsam_deploy.evaluate.matrix_peak import engine_peak, numpy_peak
+from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -41,6 +44,8 @@ class Worker:
     ----------
     setup : BenchSetup
         What the process puts on its bench.
+    listen : callable
+        Told about slow preparations of its engine, such as compiling.
 
     Attributes
     ----------
@@ -59,8 +64,8 @@ class Worker:
     is_proven: bool
     encoder_batches: list[int]
 
-    def __init__(self, setup: BenchSetup) -> None:
-        self.setup = setup
+    def __init__(self, setup: BenchSetup, listen: ProgressCallback = no_progress) -> None:
+        self.setup, self._listen = setup, listen
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
         self.started = time.perf_counter()
         self._process: subprocess.Popen[str] = subprocess.Popen(
@@ -100,20 +105,24 @@ class Worker:
     def _ask(self, order: str, **details: object) -> dict[str, Any]:
         """Send one order and wait for its answer."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps({"do": order, **details}) + "\n")
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise MissingCapabilityError(self._obituary())
-        answer: dict[str, Any] = json.loads(line)
+        while "progress" in (answer := self._next_message()):
+            self._listen(Progress(**answer["progress"]))
         if "error" in answer:
             kind = getattr(errors, answer["error"], DendsamError)
             raise kind(answer["message"])
         return answer
+
+    def _next_message(self) -> dict[str, Any]:
+        """Return what the process says next."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise MissingCapabilityError(self._obituary())
+        message: dict[str, Any] = json.loads(line)
+        return message
 
     def _obituary(self) -> str:
         """Say how the process ended."""
@@ -158,23 +167,35 @@ def serve(orders: IO[str], answers: IO[str]) -> None:
         One message a line.
     """
     bench: Bench | None = None
+    turn = threading.Lock()  # engines that compile tell of it from threads of their own
+
+    def say(message: dict[str, Any]) -> None:
+        with turn:
+            answers.write(json.dumps(message) + "\n")
+            answers.flush()
+
     try:
         for line in orders:
             order = json.loads(line)
             try:
                 if order["do"] == "open":
-                    bench = open_bench(setup_from_document(order["setup"])).__enter__()
+                    setup = setup_from_document(order["setup"])
+                    bench = open_bench(setup, lambda progress: say({"progress": asdict(progress)})).__enter__()
                 assert bench is not None, "the first order opens the bench"
                 answer = _carry_out(bench, order)
             except (DendsamError, MemoryError) as error:
-                known = isinstance(error, DendsamError)
-                answer = {"error": type(error).__name__ if known else "MissingCapabilityError", "message": str(error)}
-                answer["message"] = answer["message"] or "out of memory; free some or choose another engine"
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
+                message = str(error) or "out of memory; free some or choose another engine"
+                answer = {"error": _public_name(error), "message": message}
+            say(answer)
     finally:
         if bench is not None:
             bench.__exit__(None, None, None)
+
+
+def _public_name(error: DendsamError | MemoryError) -> str:
+    """Return the name of the branch of `errors` that an error belongs to, of which it may be a class of its own."""
+    names = (kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
+    return next(names, MissingCapabilityError.__name__)
 
 
 def _carry_out(bench: Bench, order: dict[str, Any]) -> dict[str, Any]:

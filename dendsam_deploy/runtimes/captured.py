@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError
+from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 from dendsam_deploy.runtimes.gpu_engine_cache import EngineCache
 from dendsam_deploy.runtimes.runner import (
     check_inputs,
@@ -79,6 +80,8 @@ class CapturedOptions:
         Whether programs are compiled ahead of time and kept in the bundle's cache for later sessions.
     trusted : tuple of str
         SHA-256 of packages that may be loaded although somebody else compiled them.
+    progress : callable
+        Told when a program is compiled.
     """
 
     device: str = "cpu"
@@ -87,6 +90,7 @@ class CapturedOptions:
     attention: AttentionKernel | None = None
     is_packaged: bool = False
     trusted: tuple[str, ...] = ()
+    progress: ProgressCallback = field(default=no_progress, compare=False, repr=False)
 
     @property
     def variant(self) -> str:
@@ -231,10 +235,17 @@ class CapturedRunner:
         given = {spec.name: self._placed(spec, inputs[spec.name], padded) for spec in self.spec.inputs}
         numbers = tuple((name, tuple(value.tolist())) for name, value in given.items() if self._is_number(name))
         key = (numbers, *sorted(padded.items()))
+        tensors = tuple(given[name] for name in self._graph.inputs if not self._is_number(name))
         program = self._programs.get(key)
         if program is None:
+            shapes = ", ".join(f"{length} {axis}" for axis, length in sorted(padded.items()))
+            note = f"{self._path.name} for {shapes or 'its one shape'}"
+            self._tell_of_compiling(self._graph, 0, note)
             program = self._programs[key] = self._prepared(self._graph, given)
-        results = program(*(given[name] for name in self._graph.inputs if not self._is_number(name)))
+            results = program(*tensors)  # torch compiles when a program is executed first
+            self._tell_of_compiling(self._graph, 1, note)
+        else:
+            results = program(*tensors)
         made = dict(zip(self._graph.outputs, results, strict=True))
         return {spec.name: made[spec.name][: lengths.get(str(spec.shape[0]))] for spec in self.spec.outputs}
 
@@ -245,23 +256,35 @@ class CapturedRunner:
             for name, value in given.items()
         }
         program = program_of(graph, described, self._weights, torch.device(self.device))
-        options, is_gpu = self._options, self.device != "cpu"
-        is_packaged = options.is_packaged and bool(graph.weights)  # of a graph without weights there is nothing to keep
-        is_compiled = is_packaged or (is_gpu if options.is_compiled is None else options.is_compiled)
+        options, is_compiled = self._options, self._is_compiled(graph)
         attention = options.attention or ("in_kernel" if is_compiled else None)
         if attention is not None:
             fuse_attention(program, attention)
-        if is_packaged:
+        if self._is_packaged(graph):
             # Not recorded: it is launched by native code, and nobody has promised that its memory stays in place.
             numbers = {name: value.tolist() for name, value in given.items() if self._is_number(name)}
             tensors = tuple(given[name] for name in graph.inputs if not self._is_number(name))
             packages = Packages(EngineCache(self._path.parent, options.trusted), self.spec, torch.device(self.device))
             return packages.load(program, tensors, f"{attention} {numbers}")
         made: Program = torch.compile(program, dynamic=False) if is_compiled else program
-        if not is_gpu:
+        if self.device == "cpu":
             return made
         self._recorder = self._recorder or Recorder()
         return Replayed(made, self._recorder)
+
+    def _is_packaged(self, graph: Graph) -> bool:
+        """Tell whether programs are kept; of a graph without weights there is nothing to keep."""
+        return self._options.is_packaged and bool(graph.weights)
+
+    def _is_compiled(self, graph: Graph) -> bool:
+        """Tell whether programs are compiled."""
+        wish = self._options.is_compiled
+        return self._is_packaged(graph) or (self.device != "cpu" if wish is None else wish)
+
+    def _tell_of_compiling(self, graph: Graph, done: int, note: str) -> None:
+        """Report that a program is going to be compiled, or was."""
+        if self._is_compiled(graph):
+            self._options.progress(Progress("compile", done, 1, note))
 
     def _placed(self, spec: TensorSpec, tensor: Tensor, padded: Mapping[str, int]) -> torch.Tensor:
         """Return an input on the device, padded with zeros; numbers that decide shapes stay on the host."""

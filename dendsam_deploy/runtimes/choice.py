@@ -147,6 +147,11 @@ def machine_of(device: str) -> str:
     return name or device
 
 
+def proven_here(bundle: Bundle) -> tuple[Combination, ...]:
+    """Return the combinations that `verify` has proven, as far as the proofs hold on this machine."""
+    return () if bundle.parity is None else bundle.parity.proven_on(cache(machine_of))
+
+
 def _is_wished(place: tuple[str, str], wishes: SessionOptions) -> bool:
     """Tell whether wishes allow an engine on a kind of device."""
     return wishes.engine == place[1] or (wishes.engine == "auto" and place not in _ONLY_ON_REQUEST)
@@ -177,7 +182,7 @@ def choose(
         Where none of them works here.
     """
     parity = bundle.parity
-    known = () if parity is None else parity.proven_on(cache(machine_of))
+    known = proven_here(bundle)
     proven = [combination for combination in offered if combination in known]
     ranked = _ranked(proven, timings_ms)
     others = _unproven(offered, proven, parity)

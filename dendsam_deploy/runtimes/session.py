@@ -280,14 +280,20 @@ def _captured_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Ru
     """Return a runner on torch, which is an extra."""
     from dendsam_deploy.runtimes.captured import CapturedOptions, CapturedRunner  # noqa: PLC0415  (see above)
 
-    return CapturedRunner(path, spec, CapturedOptions(options.device, options.threads))
+    return CapturedRunner(path, spec, CapturedOptions(options.device, options.threads, progress=options.progress))
 
 
 def _packaged_runner(path: Path, spec: GraphSpec, options: SessionOptions) -> Runner:
     """Return a runner on torch whose programs are compiled once and kept."""
     from dendsam_deploy.runtimes.captured import CapturedOptions, CapturedRunner  # noqa: PLC0415  (see above)
 
-    packaged = CapturedOptions(options.device, options.threads, is_packaged=True, trusted=options.trusted_engines)
+    packaged = CapturedOptions(
+        options.device,
+        options.threads,
+        is_packaged=True,
+        trusted=options.trusted_engines,
+        progress=options.progress,
+    )
     return CapturedRunner(path, spec, packaged)
 
 

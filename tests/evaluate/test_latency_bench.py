@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from dendsam_deploy.bundle.bundle import Bundle
 from dendsam_deploy.bundle.latency import TORCH_REFERENCE
 from dendsam_deploy.bundle.parity import Combination
 from dendsam_deploy.errors import BundleError, CheckpointError, InvalidArgumentError, MissingCapabilityError
+from dendsam_deploy.evaluate import latency_worker
 from dendsam_deploy.evaluate.latency_bench import Bench, BenchSetup, Case, open_bench
 from dendsam_deploy.evaluate.latency_plan import BenchmarkOptions, bench_setup, choose_subject
 from dendsam_deploy.evaluate.latency_worker import Worker, serve
+from dendsam_deploy.progress import Progress
 
 SLICE = Case("slice", "slice")
 ON_CPU = Combination("onnxruntime", "cpu", "fp32")
@@ -198,3 +201,26 @@ def test_a_worker_measures_in_its_own_process(setup) -> None:
 def test_a_worker_passes_on_why_it_cannot_open(setup, tmp_path) -> None:
     with pytest.raises(BundleError, match=r"manifest\.json"), Worker(replace(setup, bundle=str(tmp_path))):
         pass
+
+
+def test_a_worker_tells_what_its_engine_compiles_and_takes_trust_along(setup, tmp_path) -> None:
+    """torch's packages are the only engines here that are compiled and kept; a digest that is none ends it in time."""
+    pytest.importorskip("torch")
+    bundle = shutil.copytree(setup.bundle, tmp_path / "bundle")
+    packaged = replace(setup, bundle=str(bundle), engine="torch+package", trusted_engines=("ab",))
+    told = []
+    with Worker(packaged, told.append) as worker, pytest.raises(InvalidArgumentError, match="'ab' is no SHA-256"):
+        worker.take(Case("graph", "encoder"), 0)
+    assert told == [Progress("compile", 0, 1, "encoder.onnx for 1 tiles")]
+
+
+def test_an_error_is_passed_on_as_the_branch_that_it_belongs_to(setup, monkeypatch) -> None:
+    class HangError(MissingCapabilityError):
+        """Of a file that the other side does not know."""
+
+    def hangs(setup, progress):
+        raise HangError("the GPU did not answer")
+
+    monkeypatch.setattr(latency_worker, "open_bench", hangs)
+    (answer,) = converse({"do": "open", "setup": asdict(setup)})
+    assert answer == {"error": "MissingCapabilityError", "message": "the GPU did not answer"}

@@ -17,18 +17,19 @@ from dendsam_deploy.bundle.bundle import Bundle
 from dendsam_deploy.bundle.latency import TORCH_REFERENCE, CombinationRecord, MatrixPeak
 from dendsam_deploy.bundle.parity import Combination, ParityReport, ParityRow
 from dendsam_deploy.errors import BundleError, InvalidArgumentError, MissingCapabilityError
-from dendsam_deploy.evaluate import latency_lanes, latency_plan
+from dendsam_deploy.evaluate import latency, latency_lanes, latency_plan
 from dendsam_deploy.evaluate.latency_bench import Case, Sample
 from dendsam_deploy.evaluate.latency_lanes import Course, Lane, measure_alternating, measure_volume
 from dendsam_deploy.evaluate.latency_plan import (
     BenchmarkOptions,
     Subject,
+    bench_setup,
     choose_combinations,
     choose_subject,
     graph_cases,
 )
 from dendsam_deploy.evaluate.latency_rows import SLICE, Measurements, Rates, estimate_volume, ratios_of, rows_of
-from dendsam_deploy.progress import no_progress
+from dendsam_deploy.progress import Progress, no_progress
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_more_combinations_are_opened_only_as_far_as_the_time_allows(monkeypatch
     opened = []
 
     class Opening(FakeWorker):
-        def __init__(self, setup) -> None:
+        def __init__(self, setup, listen) -> None:
             super().__init__(setup.engine, clock, [], 2000)
             opened.append(setup.engine)
             self.setup, self.started, self.load_ms, self.is_proven = setup, clock.now, 1.0, True
@@ -261,7 +262,7 @@ def test_more_combinations_are_opened_only_as_far_as_the_time_allows(monkeypatch
 
 def test_what_fails_is_left_out_or_raised_if_it_was_asked_for(monkeypatch, bundle, tmp_path) -> None:
     class Failing:
-        def __init__(self, setup) -> None:
+        def __init__(self, setup, listen) -> None:
             raise BundleError(f"{setup.bundle}: {setup.engine} has no kernel")
 
     monkeypatch.setattr(latency_lanes, "Worker", Failing)
@@ -269,6 +270,28 @@ def test_what_fails_is_left_out_or_raised_if_it_was_asked_for(monkeypatch, bundl
     wanted = [Combination("a", "cpu", "fp32")]
     with ExitStack() as stack, pytest.raises(BundleError, match="no kernel"):
         latency_lanes.open_lanes(bundle, wanted, subject, course_of(), stack)
+
+
+def test_trust_in_compiled_engines_reaches_the_bench_and_the_command(bundle, tmp_path) -> None:
+    digests = ("ab" * 32, "cd" * 32)
+    options = BenchmarkOptions(trusted_engines=digests)
+    setup = bench_setup(
+        bundle, Combination("a", "cpu", "fp32"), choose_subject(bundle.manifest, options, tmp_path), options, tmp_path
+    )
+    assert setup.trusted_engines == digests
+    assert f"--trust-engine {digests[0]} --trust-engine {digests[1]}" in latency._command(tmp_path, options)
+
+
+def test_what_an_engine_prepares_is_told(bundle) -> None:
+    told = []
+    course = Course(BenchmarkOptions(), Path(), told.append)
+    course.tell_of_preparation(Progress("compile", 3, 12, "encoder.onnx, Tactics"))
+    course.tell_of_preparation(Progress("compile", 0, 1, "decoder.onnx for 4 tiles"))
+    assert [progress.note for progress in told] == [
+        "compile: encoder.onnx, Tactics, 25%",
+        "compile: decoder.onnx for 4 tiles",
+    ]
+    assert {progress.stage for progress in told} == {"benchmark"}
 
 
 # What follows ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import fx
 
 from dendsam_deploy.bundle.manifest import FileDigest, GraphSpec, TensorSpec
 from dendsam_deploy.errors import MissingCapabilityError, UnsafeFileError
+from dendsam_deploy.progress import Progress
 from dendsam_deploy.runtimes import captured_package
 from dendsam_deploy.runtimes.captured import CapturedOptions, CapturedRunner
 from dendsam_deploy.runtimes.gpu_engine_cache import ENGINE_FILE, ENGINES_FOLDER, EngineCache
@@ -58,9 +59,12 @@ def test_a_package_is_compiled_once_and_trusted_only_as_it_was_made(graph_file: 
     x = np.random.default_rng(1).normal(size=(4, 32)).astype(np.float32)
     with CapturedRunner(graph_file, SPEC, CapturedOptions(threads=1)) as plain:
         expected = plain.run({"x": x})["y"]
-    with CapturedRunner(graph_file, SPEC, PACKAGED) as runner:
+    told: list[Progress] = []
+    with CapturedRunner(graph_file, SPEC, replace(PACKAGED, progress=told.append)) as runner:
         assert runner.engine == "torch+package"
-        np.testing.assert_allclose(runner.run({"x": x})["y"], expected, atol=1e-5)
+        for _ in range(2):
+            np.testing.assert_allclose(runner.run({"x": x})["y"], expected, atol=1e-5)
+    assert told == [Progress("compile", done, 1, "graph.onnx for 4 b") for done in (0, 1)]
     (package,) = (graph_file.parent / ENGINES_FOLDER).rglob(ENGINE_FILE)
 
     monkeypatch.setattr(captured_package, "_compiled", compile_nothing)
