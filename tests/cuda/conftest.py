@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 
+from dendsam_deploy.bundle.bundle import Bundle
 from dendsam_deploy.runtimes.probe import NO_DRIVER, has_nvidia_driver, why_not
 from dendsam_deploy.runtimes.session import ENGINES, SessionOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from types import ModuleType
 
 
 def device_of(engine: str) -> str:
@@ -60,6 +64,24 @@ def trained_bundle(any_gpu: None, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("cuda") / "trained"
     options = ExportOptions(PACKAGED_SAM, folder, PACKAGED_DETECTOR, precisions=("fp16", "bf16", "int8"))
     return export_bundle(options)
+
+
+@pytest.fixture(scope="session")
+def bundle(requires_tensorrt: str, trained_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A copy of the trained bundle; the engines that tests compile stay in it for the others."""
+    return Bundle.open(shutil.copytree(trained_bundle, tmp_path_factory.mktemp("tensorrt") / "trained"))
+
+
+@pytest.fixture
+def copied(bundle: Bundle, tmp_path: Path) -> Bundle:
+    """A copy of that, with its engines, for tests that spoil something."""
+    return Bundle.open(shutil.copytree(bundle.path, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def engines(requires_tensorrt: str) -> ModuleType:
+    """The module that needs TensorRT."""
+    return importlib.import_module("dendsam_deploy.runtimes.gpu_engine")
 
 
 @pytest.fixture(scope="session")
