@@ -67,6 +67,15 @@ class Series:
     values: NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One curve over its own abscissae, both of shape (N,); NaN leaves a gap."""
+
+    label: str
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+
+
 def chart_along_z(z: NDArray[np.int64], series: Sequence[Series], y_label: str, y_limit: float | None = None) -> str:
     """Draw up to three curves over the slice number.
 
@@ -100,7 +109,7 @@ def chart_along_z(z: NDArray[np.int64], series: Sequence[Series], y_label: str, 
         return _svg(figure)
 
 
-def size_histogram(sizes: NDArray[np.float64], x_label: str) -> str:
+def size_histogram(sizes: NDArray[np.float64], x_label: str, limit: float | None = None) -> str:
     """Draw how often sizes occur, in bins of equal ratio.
 
     Parameters
@@ -109,6 +118,8 @@ def size_histogram(sizes: NDArray[np.float64], x_label: str) -> str:
         Positive numbers.
     x_label : str
         What they are, with their unit.
+    limit : float or None
+        A size to mark with a vertical line.
 
     Returns
     -------
@@ -118,10 +129,10 @@ def size_histogram(sizes: NDArray[np.float64], x_label: str) -> str:
     low, high = float(sizes.min()), float(sizes.max())
     if low == high:
         low, high = low / 2, high * 2
-    return _histogram(sizes, np.geomspace(low, high, _bin_count(sizes) + 1), x_label, "log")
+    return _histogram(sizes, np.geomspace(low, high, _bin_count(sizes) + 1), x_label, "log", limit)
 
 
-def count_histogram(counts: NDArray[np.int64], x_label: str) -> str:
+def count_histogram(counts: NDArray[np.int64], x_label: str, limit: float | None = None) -> str:
     """Draw how often whole numbers occur, in bins of equally many whole numbers.
 
     Parameters
@@ -130,6 +141,8 @@ def count_histogram(counts: NDArray[np.int64], x_label: str) -> str:
         Numbers from 1.
     x_label : str
         What they count.
+    limit : float or None
+        A number to mark with a vertical line.
 
     Returns
     -------
@@ -137,7 +150,7 @@ def count_histogram(counts: NDArray[np.int64], x_label: str) -> str:
         An ``<svg>`` element.
     """
     width = -(-int(counts.max()) // _MOST_BINS)
-    return _histogram(counts, np.arange(0.5, counts.max() + width + 0.5, width), x_label, "count")
+    return _histogram(counts, np.arange(0.5, counts.max() + width + 0.5, width), x_label, "count", limit)
 
 
 def fraction_histogram(fractions: NDArray[np.float64], x_label: str) -> str:
@@ -278,6 +291,46 @@ def rate_curves(curves: Mapping[str, Sequence[tuple[int, float]]], x_label: str,
         return _svg(figure)
 
 
+def course_chart(curves: Sequence[Curve], x_label: str, y_label: str, marked_x: float | None, scale: _Scale) -> str:
+    """Draw how up to six values change in the course of something.
+
+    Parameters
+    ----------
+    curves : sequence of Curve
+        The values.
+    x_label, y_label : str
+        What is counted and what is shown.
+    marked_x : float or None
+        A moment to mark with a vertical line.
+    scale : str
+        ``log``, ``fraction`` for values from 0 to 1, or ``count`` for others from 0 on.
+
+    Returns
+    -------
+    str
+        An ``<svg>`` element.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(height=2.5)
+        for colour, curve in zip(_SERIES, curves, strict=False):
+            known = np.isfinite(curve.y)
+            marker = "o" if known.sum() <= _MARKED_POINTS else ""
+            axes.plot(curve.x[known], curve.y[known], color=colour, lw=1.5, marker=marker, ms=3.5, label=curve.label)
+        if marked_x is not None:
+            axes.axvline(marked_x, color=_INK, linewidth=1, linestyle=(0, (3, 3)))
+        axes.set(xlabel=x_label, ylabel=y_label)
+        if scale == "log":
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.set_ylim(0, 1.0 if scale == "fraction" else None)
+        axes.set_xlim(0, 1.02 * max(1.0, *(float(curve.x.max(initial=0)) for curve in curves)))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(curves) > 1:
+            axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+        return _svg(figure)
+
+
 def _milliseconds(value: float) -> str:
     """Write a duration as short as it can be read."""
     return f"{value / 1000:.3g} s" if value >= 1000 else f"{value:.3g} ms"
@@ -292,8 +345,10 @@ def _axes(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _histogram(values: NDArray[np.generic], edges: NDArray[np.float64], x_label: str, scale: _Scale) -> str:
-    """Draw a histogram with given bins."""
+def _histogram(
+    values: NDArray[np.generic], edges: NDArray[np.float64], x_label: str, scale: _Scale, limit: float | None = None
+) -> str:
+    """Draw a histogram with given bins, and a line at a limit."""
     with mpl.rc_context(_STYLE):
         figure, axes = _axes(height=2.3)
         axes.hist(values, bins=edges.tolist(), color=_SERIES[0], rwidth=0.9)
@@ -305,6 +360,8 @@ def _histogram(values: NDArray[np.generic], edges: NDArray[np.float64], x_label:
             axes.xaxis.set_minor_locator(NullLocator())
         elif scale == "count":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if limit is not None:
+            axes.axvline(limit, color=_SERIES[1], linewidth=1.5, linestyle=(0, (4, 2)))
         axes.set(xlabel=x_label, ylabel="number")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(visible=False, axis="x")

@@ -24,9 +24,9 @@ from dendsam_deploy.models.detector import (
 )
 from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 from dendsam_deploy.training.detector_judge import judge_tiles, sample_predictions
-from dendsam_deploy.training.detector_limits import LimitCheck, check_limits, head_facts
-from dendsam_deploy.training.detector_loop import LoopPlan, train_detector
-from dendsam_deploy.training.detector_plan import plan_batch
+from dendsam_deploy.training.detector_limits import HeadFacts, LimitCheck, check_limits, head_facts
+from dendsam_deploy.training.detector_loop import LoopPlan, all_threads, train_detector
+from dendsam_deploy.training.detector_plan import BatchPlan, plan_batch
 from dendsam_deploy.training.detector_scores import HeldOutScores, JudgedBoxes, SizeClassScores, score_boxes
 from dendsam_deploy.training.detector_state import read_state
 from dendsam_deploy.training.detector_story import DetectorCourse, tell_course
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from dendsam_deploy.training.options import DetectorTrainingOptions
     from dendsam_deploy.training.source import TrainingSource
     from dendsam_deploy.training.story import HistoryRow, TrainingStory
+    from dendsam_deploy.training.volume_list import LabelledPaths
 
 DEFAULT_ARCHITECTURE = Path("yolo11n.yaml")
 """What is trained where there are no weights to start from."""
@@ -146,6 +147,16 @@ class _TrainingSet(NamedTuple):
         return int(self.boxes.objects_per_tile.max(initial=0))
 
 
+class _Setup(NamedTuple):
+    """How the data and the network go together, and what follows from it."""
+
+    head: HeadFacts
+    limits: tuple[LimitCheck, ...]
+    warnings: tuple[str, ...]
+    batch: BatchPlan
+    config: dict[str, Any]
+
+
 class _Winner(NamedTuple):
     """Weights, how they were judged, and the epoch that they are from."""
 
@@ -197,43 +208,37 @@ def finetune_detector(
         if not earlier_s:
             folder.remove()
         raise
-    head = head_facts(start, options.tile_size_px)
-    limits = check_limits(data.boxes, head, data.scale[0])
-    warnings = tuple(check.describe() for check in limits if not check.passed)
-    batch = plan_batch(start, options.tile_size_px, data.most_boxes, options.schedule)
-    for line in (batch.describe(), *warnings):
+    setup = _set_up(start, data, options, digest)
+    for line in (setup.batch.describe(), *setup.warnings):
         progress(Progress("plan", 1, 1, line))
-    state = read_state(folder.path)
+    judging = time.monotonic()
+    first = _judged(start, data, options, 0) if start.sha256 and not options.from_scratch else None
     plan = LoopPlan(
         folder=folder.path,
         tile_size_px=options.tile_size_px,
         most_boxes=data.most_boxes,
         from_scratch=options.from_scratch,
         schedule=options.schedule,
-        batch=batch.tiles,
+        batch=setup.batch.tiles,
         elapsed_s=time.monotonic() - started,
         joins_tiles=options.augment != "none",
-        state=state,
-        closing_s=loading_s,
+        state=read_state(folder.path),
+        closing_s=loading_s + time.monotonic() - judging,
     )
-    first = _judged(start, data, options, 0) if start.sha256 and not options.from_scratch else None
-    config = {"options": _plain(options), "start": digest, "batch": batch.tiles, "volumes": _plain(data.volumes)}
-    with Logbook(logbook_folder(options.out), config, "epoch", None if state is None else state["epoch"] + 1) as book:
+    with Logbook(logbook_folder(options.out), setup.config, "epoch", plan.first_epoch) as book:
         if first is not None and not book.rows:
             book.add(_first_row(first.scores))
         trained = train_detector(start, plan, book, progress, folder.note)
         history = book.rows
     best = _judged(load_detector(plan.best), data, options, _best_epoch(history))
-    # Weights for other objects, such as those of COCO, are no detector of ours even where nothing better came of them.
-    is_rival = first is not None and len(start.class_names) == 1
-    winner = first if first is not None and is_rival and first.scores.map50_95 > best.scores.map50_95 else best
+    winner = _better(first, best)
     course = DetectorCourse(
         options=options,
         architecture=start.architecture,
         volumes=data.volumes,
         boxes=data.boxes,
-        head=head,
-        batch=batch,
+        head=setup.head,
+        batch=setup.batch,
         history=history,
         trained=trained,
         first=None if first is None else first.scores,
@@ -242,21 +247,54 @@ def finetune_detector(
         best_epoch=winner.epoch,
         samples=sample_predictions(data.held_out, winner.judged, winner.scores.score_threshold),
         seconds=time.monotonic() - started,
-        warnings=warnings,
+        warnings=setup.warnings,
     )
-    result = _result(course, data, limits)
+    result = _result(course, data, setup.limits)
+    _write_checkpoint(options, volumes, winner, result)
+    folder.remove()
+    return result
+
+
+def _set_up(start: YoloDetector, data: _TrainingSet, options: DetectorTrainingOptions, digest: str) -> _Setup:
+    """Compare the data with the network, and choose the batch."""
+    head = head_facts(start, options.tile_size_px)
+    limits = check_limits(data.boxes, head, data.scale[0])
+    warnings = tuple(check.describe() for check in limits if not check.passed)
+    batch = plan_batch(start, options.tile_size_px, data.most_boxes, options.schedule)
+    config = {"options": _plain(options), "start": digest, "batch": batch.tiles, "volumes": _plain(data.volumes)}
+    return _Setup(head, limits, warnings, batch, config)
+
+
+def _better(first: _Winner | None, best: _Winner) -> _Winner:
+    """Return the starting weights where nothing better came of them, else the best ones of the training.
+
+    Weights for other objects, such as those of COCO, are no detector of ours whatever their score.
+    """
+    if first is None or len(first.detector.class_names) != 1:
+        return best
+    return first if first.scores.map50_95 > best.scores.map50_95 else best
+
+
+def _write_checkpoint(
+    options: DetectorTrainingOptions,
+    volumes: Sequence[LabelledPaths],
+    winner: _Winner,
+    result: DetectorTrainingResult,
+) -> None:
+    """Write the weights with a record of where they come from."""
     origin = {
         "volume": ", ".join(entry.volume.name for entry in volumes),
         "labels": ", ".join(entry.labels.name for entry in volumes),
         "seed": options.schedule.seed,
     }
-    summary = origin | result.to_document() | {"out": options.out.name}
     record = DetectorRecord(
-        options.tile_size_px, result.model_pixel_size_nm, result.zoom, winner.scores.score_threshold, summary
+        tile_size_px=options.tile_size_px,
+        model_pixel_size_nm=result.model_pixel_size_nm,
+        zoom=result.zoom,
+        score_threshold=winner.scores.score_threshold,
+        summary=origin | result.to_document() | {"out": options.out.name},
     )
     save_detector(options.out, winner.detector.network, record)
-    folder.remove()
-    return result
 
 
 def _result(course: DetectorCourse, data: _TrainingSet, limits: tuple[LimitCheck, ...]) -> DetectorTrainingResult:
@@ -289,7 +327,8 @@ def _result(course: DetectorCourse, data: _TrainingSet, limits: tuple[LimitCheck
 
 def _judged(detector: YoloDetector, data: _TrainingSet, options: DetectorTrainingOptions, epoch: int) -> _Winner:
     """Judge weights on the held-out tiles."""
-    judged = judge_tiles(detector, data.held_out, options.tile_size_px, options.schedule.device)
+    with all_threads():
+        judged = judge_tiles(detector, data.held_out, options.tile_size_px, options.schedule.device)
     return _Winner(detector, judged, *score_boxes(judged), epoch)
 
 

@@ -100,6 +100,11 @@ class LoopPlan:
     closing_s: float = 0.0
 
     @property
+    def first_epoch(self) -> int | None:
+        """How many epochs an interrupted run has finished; None for a new one."""
+        return None if self.state is None else int(self.state["epoch"]) + 1
+
+    @property
     def best(self) -> Path:
         """The checkpoint that did best on the held-out tiles."""
         return self.folder / "best.pt"
@@ -141,15 +146,13 @@ def train_detector(
     CheckpointError, MissingCapabilityError, StorageError, UnsafeFileError, VolumeError
         As the classes say.
     """
-    state = plan.state
     watch = _Watch(plan, logbook, progress, note_elapsed)
-    done = -1 if state is None else int(state["epoch"])
-    if watch.is_over(done + 1):  # it was interrupted behind its last epoch
-        return TrainedDetector(done + 1, watch.has_lost_patience(), resumed=True)
-    with _translated(plan), _all_threads():
+    if plan.first_epoch is not None and watch.is_over(plan.first_epoch):  # it was interrupted behind its last epoch
+        return TrainedDetector(plan.first_epoch, watch.has_lost_patience(), resumed=True)
+    with _translated(plan), all_threads():
         is_random = plan.from_scratch or not detector.sha256
         rate = plan.schedule.learning_rate or (_RATE_FROM_SCRATCH if is_random else _RATE_FROM_WEIGHTS)
-        planned = {} if state is None else {"epochs": int(state["epochs"])}
+        planned = {} if plan.state is None else {"epochs": int(plan.state["epochs"])}
         trainer = new_trainer(_settings(plan) | planned | {"lr0": rate})
         weights = None if plan.from_scratch else detector.network
         description = copy.deepcopy(detector.network.yaml)  # it is told the new number of classes
@@ -159,7 +162,7 @@ def train_detector(
         trainer.add_callback("on_train_batch_end", watch.after_batch)
         trainer.add_callback("on_fit_epoch_end", watch.after_epoch)
         trainer.train()
-    return TrainedDetector(int(trainer.epoch) + 1, watch.has_lost_patience(), state is not None)
+    return TrainedDetector(int(trainer.epoch) + 1, watch.has_lost_patience(), plan.state is not None)
 
 
 class _Watch:
@@ -319,7 +322,7 @@ def _translated(plan: LoopPlan) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _all_threads() -> Iterator[None]:
+def all_threads() -> Iterator[None]:
     """Use every core: importing ultralytics reduces torch to one thread where OMP_NUM_THREADS is not set."""
     before = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ:

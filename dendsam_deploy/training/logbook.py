@@ -107,7 +107,7 @@ def read_history(path: Path) -> tuple[HistoryRow, ...]:
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             return tuple(
-                {name: float(value) if value else math.nan for name, value in row.items()}
+                {name: math.nan if value == "" else float(value) for name, value in row.items()}
                 for row in csv.DictReader(stream, strict=True)
             )
     except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:

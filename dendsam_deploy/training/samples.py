@@ -116,6 +116,8 @@ class LabelledVolume:
                 f"{image.info.shape_zyx} of {image.info.source}; give the labels of the same volume"
             )
         self.slices = slices
+        self.cache_bytes = CACHE_BYTES
+        """Prepared slices are kept up to that size, at least one."""
         self.depth = image.info.shape_zyx[0]
         self.source, self.labels_source = str(image.info.source), str(labels.info.source)
         self._image, self._labels, self._background = image, labels, background
@@ -136,7 +138,7 @@ class LabelledVolume:
         prepared = LabelledSlice(image, label_components(labels)[0])
         self._cache[z] = prepared
         self._cached_bytes += sum(array.nbytes for array in prepared)
-        while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
+        while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
             _, oldest = self._cache.popitem(last=False)
             self._cached_bytes -= sum(array.nbytes for array in oldest)
         return prepared

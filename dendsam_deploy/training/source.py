@@ -85,8 +85,11 @@ def open_sources(
         If a file cannot be used, or the slices for training or those held out show no object.
     """
     with ExitStack() as stack:
-        sources = [stack.enter_context(_open(entry, options, tile_size_px)) for entry in volumes]
+        opened = [stack.enter_context(_open(entry, options, tile_size_px)) for entry in volumes]
+        sources = [dataclasses.replace(one, name=name) for one, name in zip(opened, _names(volumes), strict=True)]
         _check_apart(volumes, sources, options.gap)
+        for volume in (part for source in sources for part in (source.train, source.held_out) if part is not None):
+            volume.cache_bytes //= len(sources)  # together they keep no more than one would
         yield tuple(_to_common_scale(sources) if options.zoom is None else sources)
 
 
@@ -165,7 +168,7 @@ def _divided(
     recipe = TileRecipe(tile_size_px, zoom, augment=options.augment)
     if options.augment == "none":
         recipe = dataclasses.replace(recipe, scale_octaves=0.0, stretch=0.0)
-    return TrainingSource(learn, held_out, recipe, entry.weight, pixel_size_nm, entry.volume.name)
+    return TrainingSource(learn, held_out, recipe, entry.weight, pixel_size_nm)
 
 
 def _named_slices(allowed: Sequence[int], entry: LabelledPaths) -> Sequence[int]:
@@ -178,6 +181,15 @@ def _named_slices(allowed: Sequence[int], entry: LabelledPaths) -> Sequence[int]
             f"{slices_text(allowed)} may"
         )
     return train
+
+
+def _names(volumes: Sequence[LabelledPaths]) -> list[str]:
+    """Name each volume by its file, and by the folder too where another one has that name."""
+    files = [entry.volume.name for entry in volumes]
+    return [
+        f"{entry.volume.resolve().parent.name}/{file}" if files.count(file) > 1 else file
+        for entry, file in zip(volumes, files, strict=True)
+    ]
 
 
 def _require_objects(path: Path, slices: Sequence[int], areas_px: NDArray[np.int64]) -> None:

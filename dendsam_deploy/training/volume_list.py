@@ -130,13 +130,13 @@ def read_volume_list(path: Path) -> tuple[LabelledPaths, ...]:
     lines = [(number, line) for number, line in enumerate(_text(path).splitlines(), 1) if _is_content(line)]
     if not lines:
         raise VolumeError(f"{path}: names no volume; expected one in each line, {_EXAMPLE}")
-    split = _splitter(lines[0][1])
+    split = _splitter(lines[0][1], path)
     columns: Sequence[str] | None = None
     found: list[LabelledPaths] = []
     for number, line in lines:
         place = f"{path}: line {number}"
         words = _split_line(split, line, place)
-        if number == lines[0][0] and _column(words[0]) == "volume" and len(words) > 1:
+        if number == lines[0][0] and _is_header(words, path.parent):
             columns = _header(words, place)
             continue
         found.append(_entry(_named_values(words, columns, place), path.parent, place))
@@ -165,12 +165,20 @@ def _is_content(line: str) -> bool:
     return bool(line.strip(" \t,;")) and not line.lstrip().startswith("#")
 
 
-def _splitter(line: str) -> str:
+def _splitter(line: str, path: Path) -> str:
     """Return what separates the columns, as the first line shows it; a blank stands for words of a shell."""
     if "\t" in line:
         return "\t"
+    if path.suffix.lower() == ".csv":
+        return ";" if ";" in line and "," not in line else ","
     first = re.match(r"""\s*("[^"]*"|'[^']*'|[^\s,;"']+)\s*([,;]?)""", line)
     return (first and first[2]) or " "
+
+
+def _is_header(words: Sequence[str], folder: Path) -> bool:
+    """Tell whether the first line names columns; files may bear the names of columns, too, if they exist."""
+    columns = [_column(word) for word in words]
+    return columns[0] is not None and "labels" in columns and not (folder / words[0]).exists()
 
 
 def _split_line(separator: str, line: str, place: str) -> list[str]:
@@ -198,8 +206,8 @@ def _header(words: Sequence[str], place: str) -> list[str]:
             problem = "is no column" if column is None else "occurs twice"
             raise VolumeError(f"{place}: {word!r} {problem}; expected some of {', '.join(_CALLED)}, each once")
         columns.append(column)
-    if "labels" not in columns:
-        raise VolumeError(f"{place}: there is no column labels; expected at least volume and labels")
+    if "volume" not in columns:
+        raise VolumeError(f"{place}: there is no column volume; expected at least volume and labels")
     return columns
 
 
