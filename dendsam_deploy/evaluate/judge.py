@@ -39,7 +39,7 @@ from dendsam_deploy.pipeline.decode import (
 from dendsam_deploy.pipeline.detect import DetectOptions, detect_objects
 from dendsam_deploy.pipeline.prepare import PreparedSlice
 from dendsam_deploy.runtimes.choice import machine_of
-from dendsam_deploy.runtimes.runner import compiled_sha256, share_memory
+from dendsam_deploy.runtimes.runner import share_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -108,8 +108,7 @@ def compare_session(
 def _compiled(session: Session) -> tuple[CompiledGraph, ...]:
     """Return what engines of a session compiled and kept: the judgement is about exactly that."""
     place = (session.engine, session.device, session.precision)
-    found = {runner.spec.role: compiled_sha256(runner) for runner in session.runners}
-    return tuple(CompiledGraph(*place, role, digest) for role, digest in found.items() if digest)
+    return tuple(CompiledGraph(*place, role, digest) for role, digest in session.compiled_engines.items())
 
 
 def _entered(runner: Runner) -> Runner:

@@ -88,6 +88,8 @@ def write_record(job: Job, result: SegmentResult) -> None:
             "python": platform.python_version(),
             "system": platform.platform(),
             "packages": _package_versions(),
+            "compiled_engines": job.session.compiled_engines,
+            "trusted_engines": list(job.session.trusted_engines),
         },
     }
     with published(job.journal.folder / RUN_FILE) as stream:

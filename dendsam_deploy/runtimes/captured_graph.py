@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import torch
 
-from dendsam_deploy.errors import BundleError
+from dendsam_deploy.errors import BundleError, MissingCapabilityError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,13 +70,19 @@ def read_graph(path: Path) -> Graph:
     Raises
     ------
     BundleError
-        Where the file cannot be read, or holds what only ONNX's own runtimes understand.
+        Where the file cannot be read.
+    MissingCapabilityError
+        Where it holds what only ONNX's own runtimes understand, as a detector from elsewhere may.
     """
     try:
         onnx.checker.check_model(str(path))
         graph = onnx.load(path).graph
         weights = {tensor.name: _tensor(tensor) for tensor in graph.initializer}
         nodes = tuple(_node(node) for node in graph.node)
+    except NotImplementedError as error:
+        raise MissingCapabilityError(
+            f"{path}: the engine torch does not execute the graph ({error}); choose --engine onnxruntime"
+        ) from error
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, onnx.checker.ValidationError) as error:
         reason = " ".join((str(error) or type(error).__name__).split())[:200]
         raise BundleError(f"{path}: cannot be read as an ONNX graph ({reason}); export the bundle again") from error
@@ -87,7 +93,7 @@ def read_graph(path: Path) -> Graph:
 def _node(node: onnx.NodeProto) -> Node:
     """Translate one node."""
     if node.domain not in ("", "ai.onnx"):
-        raise ValueError(f"the operator {node.domain}.{node.op_type} is not ONNX's own")
+        raise NotImplementedError(f"the operator {node.domain}.{node.op_type} is not ONNX's own")
     attributes = {attribute.name: _attribute(attribute) for attribute in node.attribute}
     return Node(node.op_type, tuple(node.input), tuple(node.output), attributes)
 
@@ -100,7 +106,7 @@ def _attribute(attribute: onnx.AttributeProto) -> object:
     if isinstance(value, onnx.TensorProto):
         return _tensor(value)
     if isinstance(value, onnx.GraphProto):
-        raise TypeError(f"{attribute.name}: graphs inside graphs are not executed by torch")
+        raise NotImplementedError(f"a graph inside the graph, as {attribute.name}")
     return value if isinstance(value, int | float) else tuple(value)
 
 

@@ -170,7 +170,12 @@ class GrowingBlock:
             return self._block, False
         wanted = max(nbytes, 1 if self._block is None else 2 * self._block.nbytes)
         self._block = None  # the old one first: both may not fit
-        self._block = Block(wanted, self._gpu, on_host=self._on_host)
+        try:
+            self._block = Block(wanted, self._gpu, on_host=self._on_host)
+        except MissingCapabilityError:
+            if wanted == nbytes:
+                raise
+            self._block = Block(nbytes, self._gpu, on_host=self._on_host)  # then without room to grow
         return self._block, True
 
 

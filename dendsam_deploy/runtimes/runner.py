@@ -1,8 +1,13 @@
 """The seam between the pipeline and the engines: one verb, a context manager, and a public test double.
 
-Every runner takes and returns numpy arrays. One on a GPU may also keep tensors where it computes (`ResidentRunner`), so
-that tiles go up once, embeddings never come down, and the decoder's regions are all that crosses the bus. What every
-runner asks of its inputs, its devices and the tensors that it is given is settled here, too.
+Every runner takes and returns numpy arrays. One on a GPU may also keep tensors where it computes (`ResidentRunner`).
+Then the uint8 tiles of a slice go up once, for the detector and the encoder alike, and embeddings never come down. What
+comes down are the detector's boxes, and of each object the logits of its own region: 16 KiB at the usual 16 cells,
+where its part of a whole mask grid would be 256 KiB at 1024 px. Labels are painted of them on the host, on a thread of
+its own while the device works at the next slice (`pipeline.run`), by the same code after every engine, so that equal
+logits are equal labels. Nothing is painted on a device.
+
+What every runner asks of its inputs, its devices and the tensors that it is given is settled here, too.
 """
 
 from __future__ import annotations

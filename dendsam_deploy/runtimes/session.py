@@ -80,6 +80,8 @@ class Session:
         Decoder for points; None where it was not asked for, or the bundle has none.
     proven_engines : mapping
         SHA-256 by graph of the compiled engines that the proof was made with.
+    trusted_engines : tuple of str
+        SHA-256 of compiled engines that the user trusts although somebody else made them.
     """
 
     manifest: Manifest
@@ -91,6 +93,7 @@ class Session:
     reason: str = ""
     points: Runner | None = None
     proven_engines: Mapping[Role, str] = field(default_factory=dict)
+    trusted_engines: tuple[str, ...] = ()
 
     @property
     def engine(self) -> str:
@@ -117,6 +120,11 @@ class Session:
         everything = (self.detector, self.encoder, self.decoder, self.points)
         return tuple(runner for runner in everything if runner is not None)
 
+    @property
+    def compiled_engines(self) -> dict[Role, str]:
+        """SHA-256 of the compiled engines that execute the graphs, by graph; empty where an engine keeps none."""
+        return {runner.spec.role: digest for runner in self.runners if (digest := compiled_sha256(runner))}
+
     def __enter__(self) -> Self:
         with ExitStack() as opened:
             for runner in self.runners:
@@ -134,8 +142,7 @@ class Session:
 
     def _as_opened(self) -> Self:
         """Return the session as it turned out: unproven where a graph was compiled anew since it was proven."""
-        found = {runner.spec.role: digest for runner in self.runners if (digest := compiled_sha256(runner))}
-        others = [role for role, digest in found.items() if self.proven_engines.get(role) != digest]
+        others = [role for role, digest in self.compiled_engines.items() if self.proven_engines.get(role) != digest]
         if not (self.is_proven and others):
             return self
         reason = f"`verify` knows other compiled engines of the {' and the '.join(others)} than those here"
@@ -242,6 +249,7 @@ def session_on(bundle: Bundle, choice: Choice, options: SessionOptions) -> Sessi
         is_proven=choice.is_proven,
         reason=choice.reason,
         proven_engines={} if bundle.parity is None else bundle.parity.compiled_of(choice.combination),
+        trusted_engines=options.trusted_engines,
         points=runner("points") if options.with_points else None,
     )
 

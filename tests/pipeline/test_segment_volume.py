@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,11 @@ def test_the_record_holds_the_result_the_settings_and_the_environment(volume: Pa
     assert record["z_offset"] == 1
     assert record["settings"]["recipe"]["detect"]["score"] == make_manifest().thresholds.detection_score
     assert record["environment"]["packages"]["numpy"] == np.__version__
+    assert (record["environment"]["compiled_engines"], record["environment"]["trusted_engines"]) == ({}, [])
+    trusting = replace(make_session(), trusted_engines=("ab" * 32,))
+    result = segment_volume(volume, trusting, SegmentOptions(slices=(1, 3), out=volume.parent / "trusting"))
+    record = json.loads((result.out / "run.json").read_text())
+    assert record["environment"]["trusted_engines"] == ["ab" * 32], "whom one trusted has to be known afterwards"
     expected_keys = "out slices objects_2d objects_3d seconds stage_seconds limiting_stage engine device precision"
     assert {*expected_keys.split(), "fingerprint"} <= result.to_document().keys()
     assert result.limiting_stage in result.stage_seconds

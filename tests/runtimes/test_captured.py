@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 import torch
 from onnx import helper, numpy_helper
@@ -125,6 +126,27 @@ def test_a_file_that_is_no_graph_is_a_bundle_error(tmp_path: Path, content: byte
     (tmp_path / "broken.onnx").write_bytes(content)
     with pytest.raises(BundleError, match=r"broken\.onnx.*export the bundle again"):
         CapturedRunner(tmp_path / "broken.onnx", SPEC, CPU).__enter__()
+
+
+def test_a_graph_that_only_others_execute_is_no_damaged_bundle(tmp_path: Path):
+    """A detector from elsewhere that takes single images runs in a loop, which is a graph inside the graph."""
+    model = onnx.parser.parse_model(
+        """
+        <ir_version: 10, opset_import: ["" : 20]>
+        loop (float[1] x) => (float[n, 1] y) {
+            count = Constant <value_int: int = 3> ()
+            yes = Cast <to = 9> (count)
+            y = Loop (count, yes) <body = each_turn (int64 turn, bool go_on) => (bool again, float[1] each) {
+                again = Identity (go_on)
+                each = Identity (x)
+            }>
+        }
+        """
+    )
+    path = tmp_path / "loop.onnx"
+    onnx.save(model, path)
+    with pytest.raises(MissingCapabilityError, match=r"loop\.onnx: the engine torch does not.*inside.*--engine onnx"):
+        CapturedRunner(path, SPEC, CPU).__enter__()
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "CPU", ""])
