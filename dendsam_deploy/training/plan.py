@@ -107,7 +107,7 @@ class TrainingPlan:
         low, high = self.box_jitter
         tiles = f"{self.tiles_per_step} tile{'s' * (self.tiles_per_step > 1)} x {self.accumulate} a step"
         batch = (
-            f"preset {self.preset}: {tiles}, up to {self.objects_per_tile} objects each, {self.precision}{twice}; "
+            f"preset {self.preset}: {tiles}, at most {self.objects_per_tile} objects each, {self.precision}{twice}; "
             f"about {self.needed_bytes / 1e9:.1f} GB"
         )
         jitter = f"box error {low:g} to {high:g} of the sides, {self.exact_fraction:.0%} exact"
@@ -147,6 +147,9 @@ def plan_training(sam: Sam, options: SamTrainingOptions, *, is_young: bool) -> T
     if precision == "fp16" and device.type == "cpu":
         raise InvalidArgumentError("training at fp16 needs a GPU; choose fp32 or bf16 on the CPU")
     memory, free = step_memory(sam), free_bytes(device)
+    if device.type == "cuda":  # where the weights are not yet
+        weights = sum(value.numel() * value.element_size() for value in sam.parameters())
+        memory = memory._replace(fixed=memory.fixed + weights)
     objects = options.objects_per_tile or defaults.objects_per_tile
     name = _choose_rung(sam, options, memory, free, objects, half=precision != "fp32")
     rung = PRESETS[name]
