@@ -37,19 +37,9 @@ def test_a_short_training(finetune, run, tmp_path) -> None:
 def test_the_published_protocol_with_adapters(finetune, random_sam, tmp_path) -> None:
     """Every option reaches the training; the checkpoint is a plain SAM, and its course lies beside it."""
     words = ["--protocol", "published", "--train", "lora", "--lora-rank", 2, "--objects", 1]
-    words += [
-        "--exact-fraction",
-        0.5,
-        "--learning-rate",
-        0.001,
-        "--rate",
-        "cosine",
-        "--clip-norm",
-        2,
-        "--min-object",
-        30,
-    ]
-    words += ["--preset", "small", "--tiles", 2, "--accumulate", 2, "--precision", "fp32", "--checkpointing"]
+    words += ["--box-jitter", "0.1", "--exact-fraction", 0.5, "--learning-rate", 0.001, "--rate", "cosine"]
+    words += ["--clip-norm", 2, "--min-object", 30, "--preset", "small", "--tiles", 2, "--accumulate", 2]
+    words += ["--precision", "fp32", "--checkpointing"]
     outcome = finetune("--steps", 1, "--judge-steps", 1, "--patience", 5, *words, "--json", "-")
     document, plan = outcome.document, outcome.document["plan"]
     expected = {
@@ -66,7 +56,7 @@ def test_the_published_protocol_with_adapters(finetune, random_sam, tmp_path) ->
         "box_jitter": [0.1, 0.1],
         "exact_fraction": 0.5,
     }
-    assert plan.items() >= expected.items()
+    assert {name: plan[name] for name in expected} == expected
     assert "protocol published: interactive" in outcome.err
     assert (
         "preset small: 2 tiles x 2 a step, at most 1 objects each, fp32, encoder blocks computed twice" in outcome.err
