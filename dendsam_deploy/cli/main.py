@@ -12,6 +12,7 @@ import click
 
 from dendsam_deploy import __version__
 from dendsam_deploy.cli.benchmark import benchmark
+from dendsam_deploy.cli.compare import compare
 from dendsam_deploy.cli.console import Console
 from dendsam_deploy.cli.demo import demo
 from dendsam_deploy.cli.doctor import doctor
@@ -22,6 +23,7 @@ from dendsam_deploy.cli.finetune_sam import finetune_sam
 from dendsam_deploy.cli.info import info
 from dendsam_deploy.cli.phantom import phantom
 from dendsam_deploy.cli.pseudo_label import pseudo_label
+from dendsam_deploy.cli.rounds import rounds
 from dendsam_deploy.cli.segment import segment
 from dendsam_deploy.cli.verify import verify
 from dendsam_deploy.errors import (
@@ -73,7 +75,21 @@ def finetune() -> None:
 
 for member in (finetune_sam, finetune_detector):
     finetune.add_command(member)
-for member in (demo, doctor, phantom, info, finetune, export, verify, benchmark, segment, pseudo_label, evaluate):
+for member in (
+    demo,
+    doctor,
+    phantom,
+    info,
+    finetune,
+    export,
+    verify,
+    benchmark,
+    segment,
+    pseudo_label,
+    rounds,
+    evaluate,
+    compare,
+):
     program.add_command(member)
 
 

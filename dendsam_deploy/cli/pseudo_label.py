@@ -15,6 +15,7 @@ from dendsam_deploy.cli.options import (
     SLICES,
     VOXEL_SIZE,
     Settings,
+    also_option,
     bundle_option,
     command,
     json_option,
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
     from dendsam_deploy.cli.console import Console
     from dendsam_deploy.evaluate.mask_choice import Share
     from dendsam_deploy.evaluate.pseudo_labels import PseudoLabels
+    from dendsam_deploy.pipeline.interchange import OtherFormat
 
-SETTINGS = Settings("dendsam_deploy.evaluate.pseudo_labels:PseudoLabelOptions")
+SETTINGS = Settings("dendsam_deploy.evaluate.pseudo_options:PseudoLabelOptions")
 
 FORMATS = click.Choice(["tif", "ome-zarr"])
 PART = click.FloatRange(0, 1)
@@ -53,6 +55,7 @@ PART = click.FloatRange(0, 1)
 @SETTINGS.option("--jitter", "jitter_fraction", float, "Error of the boxes that measure stability, part of the side.")
 @SETTINGS.option("--repeats", "jitter_repeats", click.IntRange(1), "Number of such boxes for each mask.")
 @SETTINGS.option("--seed", "seed", click.IntRange(0), "Source of these errors.")
+@also_option
 @click.option("--boxes", type=PATH, help="Boxes in place of the detector's: folder of YOLO txt files, CSV, or labels.")
 @SETTINGS.option("--score", "detection_score", float, "Score from which boxes are looked at.  [default: the bundle's]")
 @SETTINGS.option("--nms", "nms_iou", float, "Largest IoU of two boxes of a slice.  [default: the bundle's]")
@@ -65,7 +68,14 @@ PART = click.FloatRange(0, 1)
 @json_option
 @click.pass_context
 def pseudo_label(
-    context: click.Context, volume: Path, *, bundle: Path | None, out: Path, boxes: Path | None, json_file: Path | None
+    context: click.Context,
+    volume: Path,
+    *,
+    bundle: Path | None,
+    out: Path,
+    also: tuple[OtherFormat, ...],
+    boxes: Path | None,
+    json_file: Path | None,
 ) -> None:
     """Label VOLUME with masks that are good enough to train on.
 
@@ -76,14 +86,15 @@ def pseudo_label(
     ImageJ. The masks are found once: the same command with other thresholds chooses among them anew.
     """
     from dendsam_deploy.bundle.bundle import Bundle, find_bundle
-    from dendsam_deploy.evaluate.pseudo_labels import PseudoLabelOptions, pseudo_label_volume
+    from dendsam_deploy.evaluate.pseudo_labels import pseudo_label_volume
+    from dendsam_deploy.evaluate.pseudo_options import PseudoLabelOptions
     from dendsam_deploy.report.review_page import write_review_page
     from dendsam_deploy.runtimes.session import SessionOptions, open_session
     from dendsam_deploy.volume.boxes import open_boxes
     from dendsam_deploy.volume.open import open_volume
 
     console: Console = context.obj
-    options = PseudoLabelOptions(out=out, **SETTINGS.given(context))
+    options = PseudoLabelOptions(out=out, also=also, **SETTINGS.given(context))
     opened = Bundle.open(bundle or find_bundle())
     with ExitStack() as stack:
         raw = stack.enter_context(open_volume(volume, options.voxel_size_nm))

@@ -14,6 +14,7 @@ from dendsam_deploy.cli.options import (
     SLICES,
     VOXEL_SIZE,
     Settings,
+    also_option,
     bundle_option,
     command,
     json_option,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dendsam_deploy.cli.console import Console
+    from dendsam_deploy.pipeline.interchange import OtherFormat
     from dendsam_deploy.pipeline.record import SegmentResult
 
 SETTINGS = Settings("dendsam_deploy.pipeline.job:SegmentOptions")
@@ -37,6 +39,7 @@ FORMATS = click.Choice(["tif", "ome-zarr"])
 @bundle_option
 @SETTINGS.option("-o, --out", "out", PATH, "Folder of the result.  [default: VOLUME.dendsam]")
 @SETTINGS.option("--slices", "slices", SLICES, "Segment only these slices.")
+@also_option
 @click.option("--boxes", type=PATH, help="Boxes in place of the detector's: folder of YOLO txt files, CSV, or labels.")
 @SETTINGS.option("--score", "detection_score", float, "Least detection score.  [default: the bundle's]")
 @SETTINGS.option("--nms", "nms_iou", float, "Largest IoU of two boxes of a slice.  [default: the bundle's]")
@@ -50,7 +53,13 @@ FORMATS = click.Choice(["tif", "ome-zarr"])
 @json_option
 @click.pass_context
 def segment(
-    context: click.Context, volume: Path, bundle: Path | None, boxes: Path | None, json_file: Path | None
+    context: click.Context,
+    volume: Path,
+    *,
+    bundle: Path | None,
+    also: tuple[OtherFormat, ...],
+    boxes: Path | None,
+    json_file: Path | None,
 ) -> None:
     """Segment VOLUME into 3-D instances.
 
@@ -58,6 +67,7 @@ def segment(
     on where it stopped.
     """
     from dendsam_deploy.bundle.bundle import Bundle, find_bundle
+    from dendsam_deploy.pipeline.interchange import write_run_formats
     from dendsam_deploy.pipeline.job import SegmentOptions
     from dendsam_deploy.pipeline.run import segment_volume
     from dendsam_deploy.report.run_folder import report_from_run
@@ -79,9 +89,11 @@ def segment(
         with console.progress() as progress:
             result = segment_volume(volume, session, options, progress)
         report_from_run(result.out, raw)
+        others = write_run_formats(result.out, also)
     for notice in result.notices:
         console.note(notice)
-    console.result(summary(result), result.to_document(), json_file)
+    document = result.to_document() | {"also": {name: str(path) for name, path in others.items()}}
+    console.result(summary(result), document, json_file)
 
 
 def summary(result: SegmentResult) -> str:

@@ -11,6 +11,7 @@ from dendsam_deploy.durable import published
 from dendsam_deploy.pipeline.pieces import paint_instances
 from dendsam_deploy.pipeline.tables import csv_bytes
 from dendsam_deploy.progress import Progress
+from dendsam_deploy.volume.exported_masks import SliceMasks
 from dendsam_deploy.volume.imagej_rois import NamedMask, write_named_rois
 from dendsam_deploy.volume.labels import create_labels, smallest_label_dtype
 from dendsam_deploy.volume.volume import LabelVolumeSpec
@@ -69,7 +70,7 @@ class ChosenMasks:
     bundle_sha256 : str
         What made them.
     refusal : str
-        Why none is kept although it meets the criteria; empty otherwise.
+        Why a mask is not kept although it meets the criteria.
     """
 
     table: MaskTable
@@ -123,6 +124,31 @@ def write_pseudo_labels(
             else:
                 labels.write(z, nothing)
     progress(Progress("publish", depth, depth))
+
+
+def kept_masks(masks: ChosenMasks, shape_zyx: tuple[int, int, int]) -> Iterator[SliceMasks]:
+    """Yield the kept masks of each slice that was looked at, for other programs, with score times predicted IoU.
+
+    Parameters
+    ----------
+    masks : ChosenMasks
+        All masks.
+    shape_zyx : (int, int, int)
+        Shape of the volume.
+    """
+    table = masks.table
+    for z in masks.scored.slices:
+        rows = np.arange(len(table))[table.rows_of(z)]
+        rows = rows[masks.kept[rows]]
+        found = masks.scored.load(z).instances
+        place = {label: row for row, label in enumerate(found.ids.tolist())}
+        yield SliceMasks(
+            z,
+            (shape_zyx[1], shape_zyx[2]),
+            tuple(found.run_lengths[place[label]] for label in table.label[rows].tolist()),
+            masks.ids[rows],
+            table.qualities[rows, 0] * table.qualities[rows, 1],
+        )
 
 
 def write_mask_tables(folder: Path, masks: ChosenMasks) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +14,20 @@ import numpy as np
 from dendsam_deploy.durable import make_folder, storage_errors
 from dendsam_deploy.errors import InvalidArgumentError, VolumeError
 from dendsam_deploy.evaluate.mask_choice import JudgedMasks, MaskChoice, MaskCriteria, choose_criteria
-from dendsam_deploy.evaluate.mask_table import JudgingOptions, collect_masks, judge_masks, separate_twins
+from dendsam_deploy.evaluate.mask_table import collect_masks, judge_masks, separate_twins
 from dendsam_deploy.evaluate.pseudo_files import (
     REVIEW_PAGE,
     RUN_FOLDER,
     ChosenMasks,
+    kept_masks,
     write_mask_tables,
     write_pseudo_labels,
 )
+from dendsam_deploy.evaluate.pseudo_options import DEFAULT_PRECISION, PseudoLabelOptions
+from dendsam_deploy.pipeline.interchange import write_formats
 from dendsam_deploy.pipeline.job import SegmentOptions
 from dendsam_deploy.pipeline.journal import JOURNAL_FILE, LABEL_FILES, fingerprint_of
 from dendsam_deploy.pipeline.scored_masks import ScoringOptions, score_masks
-from dendsam_deploy.pipeline.stability import JitterOptions
 from dendsam_deploy.progress import no_progress
 from dendsam_deploy.volume.open import open_labels, open_volume
 from dendsam_deploy.volume.pseudo_record import RECORD_FILE, PseudoRecord, pseudo_folder
@@ -33,96 +36,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dendsam_deploy.evaluate.mask_table import MaskTable
-    from dendsam_deploy.pipeline.finish import LabelFormat
     from dendsam_deploy.pipeline.scored_masks import ScoredVolume
     from dendsam_deploy.progress import ProgressCallback
     from dendsam_deploy.runtimes.session import Session
-    from dendsam_deploy.volume.boxes import BoxSource
     from dendsam_deploy.volume.volume import VolumeInfo
-
-_DEFAULTS = MaskCriteria()
-
-DEFAULT_PRECISION = 0.9
-"""Wanted where there is truth and nothing else is said."""
-
-
-@dataclass(frozen=True, slots=True)
-class PseudoLabelOptions:
-    """How pseudo-labels are made; None takes what the bundle's manifest or the volume says.
-
-    Parameters
-    ----------
-    out : Path
-        Folder of the result; a name that ends with ``.tif`` is that of the labels, and the rest lies beside it in a
-        folder ``NAME.pseudo``.
-    slices : (int, int) or None
-        Slices to look at, half-open; None takes all.
-    detection_score, nms_iou, min_area_px, zoom, voxel_size_nm, boxes
-        As in `SegmentOptions`.
-    format : {"tif", "ome-zarr"} or None
-        Format of the labels; None takes that of the volume.
-    least_score, least_predicted_iou, least_stability, least_agreement : float or None
-        Least values of a mask that is kept, see `MaskCriteria`, whose defaults hold for None where there is no truth to
-        choose them by.
-    jitter_repeats, jitter_fraction, seed
-        How wrong boxes are drawn to measure the stability, see `JitterOptions`.
-    truth : Path or None
-        Labels of the volume, or of some of its slices, to choose the thresholds by.
-    truth_slices : (int, int) or None
-        Slices whose truth is complete; None takes those that show an object of it.
-    precision : float or None
-        Wanted part of right masks among those that are kept; None wants `DEFAULT_PRECISION` where there is truth.
-    right_iou, background_labels, sparse_truth
-        When a mask is right, see `JudgingOptions`.
-    restart : bool
-        Discard the masks of an earlier run in the same folder instead of resuming it.
-    """
-
-    out: Path
-    slices: tuple[int, int] | None = None
-    detection_score: float | None = None
-    nms_iou: float | None = None
-    min_area_px: float | None = None
-    zoom: float | None = None
-    voxel_size_nm: tuple[float, float, float] | None = None
-    boxes: BoxSource | None = None
-    format: LabelFormat | None = None
-    least_score: float | None = None
-    least_predicted_iou: float | None = None
-    least_stability: float | None = None
-    least_agreement: float | None = None
-    jitter_repeats: int = JitterOptions().repeats
-    jitter_fraction: float = JitterOptions().fraction
-    seed: int = 0
-    truth: Path | None = None
-    truth_slices: tuple[int, int] | None = None
-    precision: float | None = None
-    right_iou: float = JudgingOptions().right_iou
-    background_labels: tuple[int, ...] = ()
-    sparse_truth: bool = False
-    restart: bool = False
-
-    def __post_init__(self) -> None:
-        if self.truth is None and (self.precision is not None or self.truth_slices is not None):
-            raise InvalidArgumentError("a precision is measured on labelled slices: give their labels as truth, too")
-        if self.precision is not None and not 0 < self.precision <= 1:
-            raise InvalidArgumentError(f"the wanted precision is {self.precision}, expected more than 0 and at most 1")
-        MaskCriteria(**self.given_thresholds())
-        self.judging()
-        self.jitter()
-
-    def given_thresholds(self) -> dict[str, float]:
-        """Return the thresholds that were given, by the names that they have in `MaskCriteria`."""
-        given = {field.name: getattr(self, f"least_{field.name}") for field in fields(MaskCriteria)}
-        return {name: value for name, value in given.items() if value is not None}
-
-    def judging(self) -> JudgingOptions:
-        """Return when a mask is right."""
-        return JudgingOptions(self.right_iou, self.background_labels, self.sparse_truth)
-
-    def jitter(self) -> JitterOptions:
-        """Return how wrong boxes are drawn."""
-        return JitterOptions(self.jitter_repeats, self.jitter_fraction, self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +148,8 @@ def pseudo_label_volume(
             choice = _choose(table, truth_iou, options)
         criteria = _criteria(options) if choice is None else choice.criteria
         kept = criteria.keeps(table.qualities) & (choice is None or choice.reached)
+        if options.kept_slices:
+            kept &= np.isin(table.z, options.kept_slices)
         masks = ChosenMasks(
             table,
             scored,
@@ -239,7 +158,7 @@ def pseudo_label_volume(
             separate_twins(table, scored, kept),
             truth_iou,
             _bundle_digest(scored),
-            "" if choice is None or choice.reached else "the wanted precision was not reached",
+            "its slice gets no labels" if choice is None or choice.reached else "the wanted precision was not reached",
         )
         labels = None
         if choice is None or choice.reached:
@@ -248,7 +167,12 @@ def pseudo_label_volume(
             _remove_labels(folder)
     first, stop = looked_at.start, looked_at.stop
     fingerprint = fingerprint_of(
-        {"masks": scored.journal.header.fingerprint, "criteria": asdict(criteria), "slices": [first, stop]}
+        {
+            "masks": scored.journal.header.fingerprint,
+            "criteria": asdict(criteria),
+            "slices": [first, stop],
+            "kept_slices": list(options.kept_slices),
+        }
     )
     result = PseudoLabels(
         folder, labels, (first, stop), len(table), int(kept.sum()), criteria, choice, fingerprint,
@@ -256,6 +180,7 @@ def pseudo_label_volume(
     )  # fmt: skip
     write_mask_tables(folder, masks)
     if labels is not None:
+        write_formats(folder, options.also, partial(kept_masks, masks, volume.info.shape_zyx), path.name)
         _record(result, masks, path, volume.info, labelled).write(folder)
     return result
 
@@ -320,7 +245,7 @@ def _scoring(options: PseudoLabelOptions, folder: Path) -> ScoringOptions:
 
 def _criteria(options: PseudoLabelOptions) -> MaskCriteria:
     """Return the thresholds without any truth."""
-    return MaskCriteria(**{**asdict(_DEFAULTS), **options.given_thresholds()})
+    return MaskCriteria(**{**asdict(MaskCriteria()), **options.given_thresholds()})
 
 
 def _choose(table: MaskTable, truth_iou: NDArray[np.float64], options: PseudoLabelOptions) -> MaskChoice:

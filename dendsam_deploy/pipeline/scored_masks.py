@@ -31,7 +31,7 @@ from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 from dendsam_deploy.volume.intensity import to_uint8
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -239,7 +239,7 @@ def _score_slices(job: Job, todo: list[int], jitter: JitterOptions, progress: Pr
 _Loaded = tuple[int, str, PreparedSlice, "Detections | None", StageClock]
 
 
-def _read_ahead(job: Job, reader: ThreadPoolExecutor, todo: list[int]) -> Iterator[_Loaded]:
+def _read_ahead(job: Job, reader: ThreadPoolExecutor, todo: list[int]) -> Generator[_Loaded]:
     """Yield slices in order while the next one is being read."""
     coming = reader.submit(_load, job, todo[0]) if todo else None
     for following in [*todo[1:], None]:

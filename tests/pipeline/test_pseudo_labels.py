@@ -15,7 +15,8 @@ from synthetic_session import decode_ellipses, make_session
 from dendsam_deploy.errors import IncompleteRunError, InputFileError, InvalidArgumentError, VolumeError
 from dendsam_deploy.evaluate.mask_table import MaskTable, separate_twins
 from dendsam_deploy.evaluate.pseudo_files import MASK_COLUMNS
-from dendsam_deploy.evaluate.pseudo_labels import PseudoLabelOptions, pseudo_label_volume
+from dendsam_deploy.evaluate.pseudo_labels import pseudo_label_volume
+from dendsam_deploy.evaluate.pseudo_options import PseudoLabelOptions
 from dendsam_deploy.geometry import Window
 from dendsam_deploy.instances import Instances, RunLengths
 from dendsam_deploy.report.review_page import write_review_page
@@ -258,6 +259,10 @@ def test_slices_that_are_not_looked_at_stay_unlabelled(volume, tmp_path) -> None
     labels = tifffile.imread(result.labels)
     assert np.flatnonzero(labels.any(axis=(1, 2))).tolist() == [1, 2]
     assert result.slices == (1, 3)
+    few = run(volume, tmp_path / "few", kept_slices=(2,), **EVERYTHING)
+    assert np.flatnonzero(tifffile.imread(few.labels).any(axis=(1, 2))).tolist() == [2]
+    rows = read_rows(tmp_path / "few" / "masks.csv")
+    assert {row["why_not"] for row in rows if row["z"] != "2"} == {"its slice gets no labels"}
 
 
 def test_other_folders_are_left_alone(volume, tmp_path) -> None:
