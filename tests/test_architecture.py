@@ -48,7 +48,7 @@ VENDOR_HOMES = {
     "scipy": ["metrics/", "volume/", "training/", "export/", "pipeline/", "evaluate/"],
     "jinja2": ["report/page.py"],
     "markupsafe": ["report/page.py"],
-    "matplotlib": ["report/figures.py"],
+    "matplotlib": ["report/figures"],
     "cuda": ["runtimes/gpu_memory.py"],
     "tensorrt": ["runtimes/gpu_engine_library.py"],
     "onnxruntime": ["export/quantise.py", "runtimes/portable"],

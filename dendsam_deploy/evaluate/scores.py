@@ -88,7 +88,7 @@ def score_volumes(
     walk = (
         None if options.skeletons is None else SkeletonWalk.begin(options.skeletons, voxel_size, truth.info.shape_zyx)
     )
-    first, tally = options.first_slice or 0, _Tally(chosen, options)
+    first, tally = options.first_slice or 0, ScoreTally(chosen, options)
     for done, z in enumerate(chosen, start=1):
         wanted = cast("NDArray[np.uint32]", truth.read(z))
         found = cast("NDArray[np.uint32]", labels.read(z - first))
@@ -105,8 +105,8 @@ def score_volumes(
     return replace(report, skeletons=None if walk is None else walk.scores(), voxel_size_nm=voxel_size)
 
 
-class _Tally:
-    """What is remembered of the slices that were read.
+class ScoreTally:
+    """What is remembered of the slices that were read; slices come in order.
 
     Parameters
     ----------
@@ -125,7 +125,15 @@ class _Tally:
         self._largest: dict[int, tuple[int, int]] = {}
 
     def add(self, z: int, table: ContingencyTable) -> None:
-        """Score the next slice."""
+        """Score the next slice.
+
+        Parameters
+        ----------
+        z : int
+            The slice.
+        table : ContingencyTable
+            Of its truth and its labels, without what is not judged.
+        """
         options = self._options
         judged = table.without_unannotated() if options.sparse_truth else table
         if not len(judged) or (options.sparse_truth and not judged.truth.any()):
