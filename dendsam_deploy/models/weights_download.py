@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from dendsam_deploy.models.named_weights import KnownWeights
     from dendsam_deploy.progress import ProgressCallback
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 18
 _TIMEOUT_S = (15, 60)  # to connect, and between two packets
 _LOCK_POLL_S = 0.5
 _SUFFIXES = (".pt", ".pth")

@@ -1,0 +1,353 @@
+"""Hostile and damaged checkpoints: nothing runs, nothing hangs, nothing needs more memory than the file has bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sam_layouts import random_sam
+
+from dendsam_deploy.cli.main import main
+from dendsam_deploy.errors import CheckpointError, UnsafeFileError
+from dendsam_deploy.models.checkpoint_kinds import open_sam_file
+from dendsam_deploy.models.inert_pickle import BoundedStream, PickleError, read_pickle
+from dendsam_deploy.models.inert_values import Name, Placeholder
+from dendsam_deploy.models.pickled_names import dangerous_names, pickled_names
+from dendsam_deploy.models.tensor_file import open_tensor_file
+from dendsam_deploy.models.weights import load_sam
+
+
+def read(program):
+    return read_pickle(BoundedStream(io.BytesIO(program), len(program)))
+
+
+class Call:
+    """Pickles into a call."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.call = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile(canary):
+    """Programs that write a file when they are unpickled: by each instruction that calls, or with a hidden name."""
+    command = f"touch {canary}"
+    text = command.encode()
+    argument = b"X" + struct.pack("<I", len(text)) + text
+    system = b"cposix\nsystem\n" if os.name == "posix" else b"cnt\nsystem\n"
+    return {
+        "reduce": pickle.dumps(Call(os.system, command), protocol=2),
+        "protocol 0": pickle.dumps(Call(os.system, command), protocol=0),
+        "protocol 5": pickle.dumps(Call(os.system, command), protocol=5),
+        "eval": pickle.dumps(Call(eval, f"open({str(canary)!r}, 'w')"), protocol=2),
+        "inst": b"(S'" + text + b"'\niposix\nsystem\n.",
+        "obj": b"(" + system + argument + b"o.",
+        "memo": b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x94\x8c\x01a0h\x00h\x01\x93" + argument + b"\x85R.",
+        "build": b"\x80\x02cpathlib\nPosixPath\n)R}X\x05\x00\x00\x00hello" + system + argument + b"\x85Rsb.",
+        "getattr": b"\x80\x02c__builtin__\ngetattr\nc__builtin__\n__import__\nX\x02\x00\x00\x00os\x85R"
+        + b"X\x06\x00\x00\x00system\x86R" + argument + b"\x85R.",
+        "partial": b"\x80\x02cfunctools\npartial\n" + system + b"\x85R)R.",
+        "module of Python 2": b"\x80\x02ccommands\ngetoutput\n" + argument + b"\x85R.",
+        "subprocess": pickle.dumps(Call(subprocess.call, ["touch", str(canary)]), protocol=2),
+        "hub": b"\x80\x02ctorch.hub\nload\nX\x01\x00\x00\x00a\x85R.",
+        "numpy": b"\x80\x02cnumpy.testing._private.utils\nrunstring\nX\x01\x00\x00\x00a}\x86R.",
+        "extension": b"\x80\x02\x82\x01)R.",
+        "within": b"\x80\x02c__builtin__\ngetattr\nccollections\nOrderedDict\nX\x0c\x00\x00\x00__subclasses\x86R.",
+    }  # fmt: skip
+
+
+NAMES = list(hostile("x"))
+
+
+def as_torch_file(program, path):
+    """A file of torch whose pickle is this program."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/version", "3\n")
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("form", ["zip", "bare"])
+def test_a_program_is_refused_and_never_runs(kind, form, tmp_path, capfd):
+    canary, path = tmp_path / "canary", tmp_path / "hostile.pt"
+    program = hostile(canary)[kind]
+    as_torch_file(program, path) if form == "zip" else path.write_bytes(program)
+    with pytest.raises(UnsafeFileError):
+        load_sam(path)
+    assert main(["info", str(path)]) == 77
+    assert "do not trust where it comes from" in capfd.readouterr().err
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("kind", ["reduce", "eval", "inst", "obj", "memo", "subprocess"])
+def test_the_bait_is_live(kind, tmp_path):
+    """What the program refuses would have run elsewhere."""
+    program = hostile(tmp_path / "canary")[kind]
+    subprocess.run(
+        [sys.executable, "-c", "import pickle, sys; pickle.load(sys.stdin.buffer)"], input=program, check=False
+    )
+    assert (tmp_path / "canary").exists()
+
+
+def test_hidden_among_good_weights_in_either_format(tmp_path):
+    state = dict(random_sam().state_dict())
+    for old_format in (False, True):
+        path = tmp_path / f"{old_format}.pt"
+        torch.save(
+            {"model_state": state, "init": Call(os.system, f"touch {tmp_path / 'canary'}")},
+            path,
+            _use_new_zipfile_serialization=not old_format,
+        )
+        with pytest.raises(UnsafeFileError, match=r"posix\.system|nt\.system"):
+            load_sam(path)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_objects_of_unknown_packages_are_inert(tmp_path):
+    """Their module is not even imported, although it could be: it lies in the folder and would write a file."""
+    module = tmp_path / "lab_package.py"
+    module.write_text(
+        "class Thing:\n    def __setstate__(self, state): open('ran', 'w')\ndef make(*a): open('ran', 'w')\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        import lab_package  # noqa: PLC0415 - it was written just now
+
+        thing = lab_package.Thing()
+        thing.values = [1, 2]
+        torch.save(
+            {"model_state": random_sam().state_dict(), "init": [thing, Call(lab_package.make, 1, 2)]},
+            tmp_path / "lab.pt",
+        )
+        del sys.modules["lab_package"]
+        assert load_sam(tmp_path / "lab.pt").layout == "training"
+        assert "lab_package" not in sys.modules
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+class TestTheMachine:
+    @pytest.mark.parametrize("protocol", range(6))
+    def test_plain_values_come_out_as_they_went_in(self, protocol):
+        value = {
+            "a": [1, -2, 3 << 70, 1.5, True, None, "\u03bc" * 300, b"\x00\xff" * 200],
+            3: (1, (2, (3, ())), (1,), (1, 2), (1, 2, 3, 4)),
+            (1, "b"): {"x": {"y": []}},
+            "s": {1, 2},
+        }
+        # What older protocols write as calls, of _codecs.encode and builtins.set, is no plain value.
+        if protocol < 4:
+            del value["s"]
+        if protocol < 3:
+            value["a"].pop()
+        assert read(pickle.dumps(value, protocol=protocol)).value == value
+
+    def test_a_list_in_itself(self):
+        value: list[object] = [1]
+        value.append(value)
+        found = read(pickle.dumps(value)).value
+        assert found[1] is found
+
+    def test_calls_become_placeholders(self):
+        found = read(pickle.dumps(Call(os.getcwd, "a", 1, state={"k": 2}), protocol=2))
+        assert isinstance(found.value, Placeholder)
+        assert (found.value.maker, found.value.arguments, found.value.state) == ("posix.getcwd", ("a", 1), {"k": 2})
+        assert found.names == found.calls == {"posix.getcwd"}
+
+    def test_names_of_python_2_are_told_by_their_present_ones(self):
+        assert read(b"c__builtin__\nfile\n.").value == Name("builtins.file")
+        assert read(b"ccommands\ngetstatus\n.").names == {"subprocess.getstatus"}
+
+    def test_names_that_are_looked_up_in_others(self):
+        program = b"\x80\x02c__builtin__\ngetattr\nctorch\nhub\nX\x04\x00\x00\x00load\x86R."
+        assert "torch.hub.load" in read(program).names
+
+    @pytest.mark.parametrize(
+        "program",
+        [
+            b"", b".", b"N", b"0.", b"(.", b"t.", b"}.N", b"h\x05.", b"R.", b"\x80\x02)R.", b"a.", b"s.", b"\x86.",
+            b"X\xff\xff\xff\xffa.", b"\x8d\xff\xff\xff\xff\xff\xff\xff\x7fa.", b"\x8b\xff\xff\xff\x7fa.",
+            b"\x96\xff\xff\xff\xff\xff\xff\xff\x7fa.", b"I1\x00\n.", b"Fx\n.", b"S'a\n.", b"Vu\xd800\n.",
+            b"\x93.", b"\x97.", b"\x98.", b"\xf0.", b"b.", b"K",
+        ],
+    )  # fmt: skip
+    def test_broken_programs(self, program):
+        with contextlib.suppress(PickleError):
+            read(program)
+
+    def test_a_huge_memo_index_takes_no_memory(self):
+        assert read(b"Nr\xff\xff\xff\xff.").value is None
+
+
+def seconds(function):
+    start = time.perf_counter()
+    with contextlib.suppress(CheckpointError, UnsafeFileError, PickleError):
+        function()
+    return time.perf_counter() - start
+
+
+def same_hash(count):
+    """A dict of integers whose hashes are equal in Python."""
+    keys = b"".join(b"\x8a\x0a" + (k * ((1 << 61) - 1)).to_bytes(10, "little") + b"N" for k in range(1, count))
+    return b"}(" + keys + b"u."
+
+
+BOMBS = {
+    "instructions": b"]" + b"0]" * 4_000_000 + b".",
+    "nested tuples": b")" + b"\x85" * 300_000 + b".",
+    "nested lists": b"]" * 300_000 + b"a" * 299_999 + b".",
+    "a nested tuple as a key": b"})" + b"\x85" * 300_000 + b"Ns.",
+    "keys of one hash": same_hash(100_000),
+    "copies of a long list": b"]("
+    + b"N" * 200_000
+    + b"eq\x01"
+    + b"0ccollections\nOrderedDict\nh\x01\x85R" * 5_000
+    + b".",
+    "lists of lists of lists": b"]q\x00" + b"2(h\x00h\x00h\x00h\x00lq\x00" * 5_000 + b".",
+}
+
+
+class TestBombs:
+    """Each within seconds, and without a crash, which would end the tests."""
+
+    LIMIT_S = 60  # on a busy machine; alone, the longest takes seven
+
+    @pytest.mark.parametrize("kind", BOMBS)
+    def test_programs(self, kind):
+        assert seconds(lambda: read(BOMBS[kind])) < self.LIMIT_S
+
+    def test_a_tensor_of_absurd_size_takes_no_memory(self, tmp_path):
+        state = dict(random_sam().state_dict())
+        state["image_encoder.blocks.0.attn.rel_pos_h"] = torch.zeros(1).expand(10**9, 64)
+        torch.save(state, tmp_path / "large.pt")
+        with pytest.raises(CheckpointError, match="64,000,000,000 elements"):
+            load_sam(tmp_path / "large.pt")
+
+    def test_a_storage_that_announces_more_than_there_is(self, tmp_path):
+        torch.save({"a": torch.zeros(4)}, tmp_path / "whole.pt")
+        with zipfile.ZipFile(tmp_path / "whole.pt") as source:
+            program = source.read("whole/data.pkl").replace(b"K\x04t", b"\x8a\x05\x00\x00\x00\x00\x10t", 1)
+        as_torch_file(program, tmp_path / "lying.pt")
+        with open_tensor_file(tmp_path / "lying.pt") as file, pytest.raises(CheckpointError):
+            file.array(file.pickled.value["a"])
+
+    def test_a_compressed_pickle_is_not_unpacked(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a/data.pkl", b"\x00" * 50_000_000)
+        with pytest.raises(CheckpointError, match="is compressed, which torch never does"):
+            load_sam(tmp_path / "bomb.pt")
+
+    @pytest.mark.parametrize("layout", [(0, (3, 3), (2, 1)), (5, (2,), (1,)), (0, (2,), (100,))])
+    def test_tensors_beyond_their_storage(self, layout, tmp_path):
+        """Strides and offsets that reach beyond six numbers."""
+        offset, shape, stride = layout
+        torch.save({"a": torch.zeros(6)}, tmp_path / "whole.pt")
+        with open_tensor_file(tmp_path / "whole.pt") as file:
+            tensor = file.pickled.value["a"]
+            wrong = type(tensor)(tensor.storage, tensor.dtype, offset, shape, stride)
+            with pytest.raises(CheckpointError, match="reaches beyond the 6 numbers"):
+                file.array(wrong)
+
+
+@pytest.fixture(scope="module")
+def whole_files(tmp_path_factory):
+    """A small file of each format, with tensors, containers, and an object of a package."""
+    folder, found = tmp_path_factory.mktemp("whole"), []
+    content = {
+        "model_state": {"image_encoder.a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(3)},
+        "optimizer_state": {"state": {0: {"step": 3}}, "groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]},
+        "path": Path("a"),
+    }
+    for old_format in (False, True):
+        torch.save(content, folder / "whole.pt", _use_new_zipfile_serialization=not old_format)
+        found.append((folder / "whole.pt").read_bytes())
+    return [*found, pickle.dumps(content["optimizer_state"], protocol=4)]
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_bytes_raise_nothing_else(whole_files, tmp_path, data):
+    content = bytearray(data.draw(st.sampled_from(whole_files)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        match data.draw(st.sampled_from(["change", "cut", "repeat", "insert"])):
+            case "change":
+                content[place] = data.draw(st.integers(0, 255))
+            case "cut":
+                del content[place:]
+            case "repeat":
+                content[place:place] = content[: data.draw(st.integers(0, 400))]
+            case "insert":
+                content[place:place] = data.draw(st.binary(max_size=12))
+        if not content:
+            break
+    path = tmp_path / "damaged.pt"
+    path.write_bytes(content)
+    with contextlib.suppress(CheckpointError, UnsafeFileError), open_tensor_file(path) as file:
+        value = file.pickled.value
+        inner = value.get("model_state") if isinstance(value, dict) else None
+        for tensor in inner.values() if isinstance(inner, dict) else ():
+            if hasattr(tensor, "storage"):
+                file.array(tensor)
+    with contextlib.suppress(CheckpointError, UnsafeFileError), open_sam_file(path):
+        pass
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_pickle_or_an_error(program):
+    with contextlib.suppress(PickleError):
+        read(program)
+
+
+def test_a_flipped_bit_in_the_numbers_is_found(tmp_path):
+    """Each record of the archive has a checksum."""
+    torch.save({"a": torch.ones(1000)}, tmp_path / "whole.pt")
+    content = bytearray((tmp_path / "whole.pt").read_bytes())
+    content[content.index(struct.pack("<f", 1.0) * 100) + 41] ^= 1
+    (tmp_path / "whole.pt").write_bytes(content)
+    with open_tensor_file(tmp_path / "whole.pt") as file, pytest.raises(CheckpointError, match="Bad CRC-32"):
+        file.array(file.pickled.value["a"])
+
+
+def test_what_is_dangerous():
+    harmless = {
+        "collections.OrderedDict",
+        "pathlib.PosixPath",
+        "torch_em.data.Dataset",
+        "numpy.dtype",
+        "functools.partial",
+    }
+    assert dangerous_names(harmless) == []
+    harmful = {
+        "os.system",
+        "nt.system",
+        "builtins.eval",
+        "torch.hub.load",
+        "a.b.__globals__",
+        "copyreg.extension_1",
+        "pip.main",
+    }
+    assert dangerous_names(harmful | harmless) == sorted(harmful)
+
+
+def test_names_in_the_older_format(tmp_path):
+    torch.save(
+        {"a": torch.zeros(1), "b": Call(os.system, "true")}, tmp_path / "old.pt", _use_new_zipfile_serialization=False
+    )
+    assert "posix.system" in pickled_names(tmp_path / "old.pt")
