@@ -78,6 +78,7 @@ JITTER = word("LOW,HIGH", read_jitter)
 
 _PROTOCOL_HELP = f"boxes: {PROTOCOLS['boxes'].summary}; published: {PROTOCOLS['published'].summary}."
 _TRAIN_HELP = "All weights, those of the decoder, or these and adapters in the encoder, merged into the checkpoint."
+_PRECISION_HELP = "Of the large products.  [default: fp32; on a GPU bf16, or fp16 where it has no bf16]"
 _PRESET_HELP = "Memory that a step may take; auto plans it from what is free, and prints it."
 
 
@@ -114,7 +115,7 @@ _PRESET_HELP = "Memory that a step may take; auto plans it from what is free, an
 @SCHEDULE.option("--preset", "preset", click.Choice(PRESET_NAMES), _PRESET_HELP)
 @SCHEDULE.option("--tiles", "tiles_per_step", COUNT, "Tiles encoded together.  [default: planned]")
 @SCHEDULE.option("--accumulate", "accumulate", COUNT, "Such batches for each step.  [default: planned]")
-@SCHEDULE.option("--precision", "precision", click.Choice(PRECISION_NAMES), "[default: fp32; on a GPU bf16, else fp16]")
+@SCHEDULE.option("--precision", "precision", click.Choice(PRECISION_NAMES), _PRECISION_HELP)
 @SCHEDULE.flag("--checkpointing", "checkpointing", "Compute the encoder's blocks twice: a fraction of the memory.")
 @SCHEDULE.flag("--no-checkpointing", "checkpointing", "Keep what they compute.")
 @data_options(SETTINGS)

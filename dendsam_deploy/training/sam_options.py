@@ -87,6 +87,11 @@ PROTOCOLS: dict[ProtocolName, ProtocolDefaults] = {
 }
 """The two ways to train. ``boxes`` is this program's own, meant for deployment behind a detector.
 
+Where ``published`` differs from what it is named after: weights are chosen, and the rate is lowered, by the IoU with
+exact boxes at each judgement, there by the Dice loss of mixed prompts after each epoch; tiles are cut and varied as by
+``boxes``, there slices are scaled to 1024 px; and the instance decoder that micro-sam trains besides, which is no part
+of SAM, is left out.
+
 References
 ----------
 Of ``published``: github.com/ZE-WEN/DendriteSAM, training/; micro_sam/training at

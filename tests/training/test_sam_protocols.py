@@ -230,6 +230,21 @@ class TestStopping:
             dataclasses.replace(SHORT, **changes)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("protocol", ["boxes", "published"])
+def test_on_a_gpu(start, protocol, precision):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    options = dataclasses.replace(
+        PUBLISHED, protocol=protocol, precision=precision, device="cuda", train="lora", checkpointing=True
+    )
+    trainer = trainer_of(start, options)
+    result = trainer.run()
+    assert trainer.scaler.is_enabled() == (precision == "fp16")
+    assert all(value.device.type == "cpu" and value.isfinite().all() for value in result.state.values())
+
+
 def test_alone_nothing_is_shared():
     team = Alone()
     assert (team.rank, team.size, team.agree("x")) == (0, 1, "x")
