@@ -162,8 +162,8 @@ def choose(
 ) -> Choice:
     """Choose one of several combinations.
 
-    Proven ones come first, by their measured times and then in the order of the offer; where none is proven, fp32 on
-    the first engine that works. An engine that does not work here is passed over.
+    Proven ones come first, by their measured times, and engines that were not measured in the order of the offer; where
+    none is proven, fp32 on the first engine that works. An engine that does not work here is passed over.
 
     Parameters
     ----------
@@ -203,17 +203,36 @@ def nothing_works(bundle: Bundle, refusals: Mapping[tuple[str, str], str | None]
 
 
 def _ranked(proven: Sequence[Combination], timings_ms: Timings) -> list[Combination]:
-    """Order combinations: measured ones by time, before the others of their kind of device.
+    """Order combinations: by time as far as that was measured.
 
-    A GPU stands before the CPU unless both were measured: that only one of them was tells nothing about the other.
+    That only one of two was measured tells nothing about the other, and the usual preference decides between them: a
+    GPU stands before the CPU, and an engine before those that it is preferred to.
     """
 
-    def fastest_ms(kind: str) -> float | None:
-        return min((timings_ms[c] for c in proven if _kind(c) == kind and c in timings_ms), default=None)
+    def fastest(kind: str) -> Combination | None:
+        return min(
+            (c for c in proven if _kind(c) == kind and c in timings_ms), key=timings_ms.__getitem__, default=None
+        )
 
-    gpu_ms, cpu_ms = fastest_ms("cuda"), fastest_ms("cpu")
-    cpu_first = gpu_ms is not None and cpu_ms is not None and cpu_ms < gpu_ms
-    return sorted(proven, key=lambda c: ((_kind(c) == "cpu") != cpu_first, c not in timings_ms, timings_ms.get(c, 0.0)))
+    best = {kind: fastest(kind) for kind in ("cuda", "cpu")}
+    gpu, cpu = best["cuda"], best["cpu"]
+    cpu_first = gpu is not None and cpu is not None and timings_ms[cpu] < timings_ms[gpu]
+    measured = {(c.engine, c.device) for c in proven if c in timings_ms}
+
+    def rank(combination: Combination) -> tuple[bool, int, bool, float]:
+        leader = best[_kind(combination)]
+        place = 1
+        if leader is not None and (combination.engine, combination.device) not in measured:
+            place = 0 if proven.index(combination) < _first_of(leader, proven) else 2
+        is_behind = (_kind(combination) == "cpu") != cpu_first
+        return is_behind, place, combination not in timings_ms, timings_ms.get(combination, 0.0)
+
+    return sorted(proven, key=rank)
+
+
+def _first_of(combination: Combination, offered: Sequence[Combination]) -> int:
+    """Return where the engine of a combination appears first."""
+    return next(n for n, c in enumerate(offered) if (c.engine, c.device) == (combination.engine, combination.device))
 
 
 def _unproven(
@@ -235,7 +254,8 @@ def _reason(
     measured = sum(c in timings_ms for c in ranked)
     if chosen in timings_ms and measured > 1:
         return f"the fastest of {measured} that were measured here"
-    return f"preferred of {len(ranked)} proven ones" if len(ranked) > 1 else ""
+    not_measured = "; not measured here" if measured and chosen not in timings_ms else ""
+    return f"preferred of {len(ranked)} proven ones{not_measured}" if len(ranked) > 1 else ""
 
 
 def _kind(combination: Combination) -> str:

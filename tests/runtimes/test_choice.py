@@ -150,6 +150,21 @@ def test_measured_times_decide():
     assert choice.reason == "the fastest of 3 that were measured here"
 
 
+@pytest.mark.parametrize(
+    ("times_ms", "expected", "reason"),
+    [
+        ({ORT: 30.0}, VINO, "preferred of 3 proven ones; not measured here"),
+        ({VINO: 40.0}, VINO, "preferred of 3 proven ones"),
+        ({VINO_BF16: 40.0}, VINO_BF16, "preferred of 3 proven ones"),
+        ({VINO: 40.0, ORT: 30.0}, ORT, "the fastest of 2 that were measured here"),
+    ],
+)
+def test_an_engine_that_was_not_measured_is_not_slower_than_one_that_was(times_ms, expected, reason):
+    """As after ``benchmark --engine onnxruntime``, or where OpenVINO was installed later."""
+    choice = choose(a_bundle(proven=(ORT, VINO_BF16, VINO)), OFFERED, everything_works, times_ms)
+    assert (choice.combination, choice.reason) == (expected, reason)
+
+
 def measured(bundle: Bundle, **changes) -> None:
     """Put a benchmark of all combinations on the CPU into a bundle; openvino in bf16 was the fastest."""
     rows = tuple(
