@@ -64,7 +64,16 @@ def main() -> None:
         start = load_detector(arguments.start, arguments.seed)
         from_scratch = arguments.start.suffix == ".yaml"
         most = boxes.statistics().most_per_tile
-        plan = LoopPlan(folder, size, most, from_scratch, schedule, plan_batch(start, size, most, schedule).tiles, 0.0)
+        plan = LoopPlan(
+            folder=folder,
+            tile_size_px=size,
+            most_boxes=most,
+            from_scratch=from_scratch,
+            schedule=schedule,
+            batch=plan_batch(start, size, most, schedule).tiles,
+            held_out=tuple(held_out),
+            elapsed_s=0.0,
+        )
         with Logbook(logbook_folder(arguments.out), vars(arguments), "epoch") as logbook:
             trained = train_detector(start, plan, logbook, Reporter(), note_elapsed)
         best = load_detector(plan.best)

@@ -25,7 +25,7 @@ from dendsam_deploy.models.detector import (
 from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 from dendsam_deploy.training.detector_judge import judge_tiles, sample_predictions
 from dendsam_deploy.training.detector_limits import HeadFacts, LimitCheck, check_limits, head_facts
-from dendsam_deploy.training.detector_loop import LoopPlan, all_threads, train_detector
+from dendsam_deploy.training.detector_loop import LoopPlan, all_threads, score_row, train_detector
 from dendsam_deploy.training.detector_plan import BatchPlan, plan_batch
 from dendsam_deploy.training.detector_scores import HeldOutScores, JudgedBoxes, SizeClassScores, score_boxes
 from dendsam_deploy.training.detector_state import read_state
@@ -220,6 +220,7 @@ def finetune_detector(
         from_scratch=options.from_scratch,
         schedule=options.schedule,
         batch=setup.batch.tiles,
+        held_out=data.held_out,
         elapsed_s=time.monotonic() - started,
         joins_tiles=options.augment != "none",
         state=read_state(folder.path),
@@ -227,7 +228,7 @@ def finetune_detector(
     )
     with Logbook(logbook_folder(options.out), setup.config, "epoch", plan.first_epoch) as book:
         if first is not None and not book.rows:
-            book.add(_first_row(first.scores))
+            book.add({"epoch": 0.0, "elapsed_s": 0.0} | score_row(first.scores, first.per_size))
         trained = train_detector(start, plan, book, progress, folder.note)
         history = book.rows
     best = _judged(load_detector(plan.best), data, options, _best_epoch(history))
@@ -333,21 +334,9 @@ def _judged(detector: YoloDetector, data: _TrainingSet, options: DetectorTrainin
 
 
 def _best_epoch(history: Sequence[HistoryRow]) -> int:
-    """Return the epoch whose weights ultralytics kept: the last of those with the highest score."""
+    """Return the epoch whose weights were kept: the first of those with the highest score."""
     scores = {int(row["epoch"]): row["held_out_map50_95"] for row in history if row["epoch"] > 0}
-    return max(scores, key=lambda epoch: (0.0 if math.isnan(scores[epoch]) else scores[epoch], epoch))
-
-
-def _first_row(scores: HeldOutScores) -> dict[str, float]:
-    """Return the row of the course before the first epoch."""
-    return {
-        "epoch": 0.0,
-        "elapsed_s": 0.0,
-        "held_out_map50": scores.map50,
-        "held_out_map50_95": scores.map50_95,
-        "held_out_precision": scores.precision,
-        "held_out_recall": scores.recall,
-    }
+    return max(scores, key=lambda epoch: (0.0 if math.isnan(scores[epoch]) else scores[epoch], -epoch))
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - any value that JSON knows, or a dataclass of such

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import math
 import os
@@ -14,34 +15,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dendsam_deploy.errors import MissingCapabilityError, StorageError
+from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError, StorageError
 from dendsam_deploy.models.detector import new_trainer, save_detector
 from dendsam_deploy.models.detector_file import DetectorRecord
 from dendsam_deploy.progress import Progress
 from dendsam_deploy.training.detector_data import EpochSampler, RepeatableTiles
-from dendsam_deploy.training.detector_limits import NMS_IOU
+from dendsam_deploy.training.detector_judge import judge_tiles
+from dendsam_deploy.training.detector_scores import score_boxes
 from dendsam_deploy.training.detector_state import STATE_FILE, restore_state, store_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from dendsam_deploy.models.detector import YoloDetector
     from dendsam_deploy.progress import ProgressCallback
+    from dendsam_deploy.training.detector_scores import HeldOutScores, SizeClassScores
+    from dendsam_deploy.training.detector_tiles import TileAt
     from dendsam_deploy.training.logbook import Logbook
     from dendsam_deploy.training.options import DetectorSchedule
 
 _RATE_FROM_SCRATCH, _RATE_FROM_WEIGHTS = 2e-3, 5e-4
 _FEW_EPOCHS = 300  # ultralytics' schedule until it knows how many epochs fit into the time
 _LAST_JUDGEMENT_FRACTION = 0.08  # of the time, until it is known how long a judgement takes
-
-_METRICS = {
-    "held_out_map50": "mAP50",
-    "held_out_map50_95": "mAP50-95",
-    "held_out_precision": "precision",
-    "held_out_recall": "recall",
-}
-"""Columns of the logbook and ultralytics' names of their values."""
 
 # What the tiles already vary (scale, orientation, intensity) is varied little or not at all; there is no colour.
 _AUGMENTATION: dict[str, object] = {
@@ -78,6 +74,8 @@ class LoopPlan:
         Length and steps.
     batch : int
         Tiles of a step.
+    held_out : tuple of TileAt
+        Tiles that judge every epoch.
     elapsed_s : float
         Time of the schedule that was spent already, on the tiles and by interrupted runs.
     joins_tiles : bool
@@ -94,6 +92,7 @@ class LoopPlan:
     from_scratch: bool
     schedule: DetectorSchedule
     batch: int
+    held_out: tuple[TileAt, ...]
     elapsed_s: float
     joins_tiles: bool = True
     state: dict[str, Any] | None = None
@@ -157,7 +156,9 @@ def train_detector(
         weights = None if plan.from_scratch else detector.network
         description = copy.deepcopy(detector.network.yaml)  # it is told the new number of classes
         trainer.model = trainer.get_model(cfg=description, weights=weights, verbose=False)
-        trainer.final_eval = _nothing  # the best checkpoint is judged elsewhere, by the graph that is deployed
+        # Every epoch is judged by the graph that is deployed; so is the best one, elsewhere.
+        trainer.validate = lambda: watch.judge(trainer, detector)
+        trainer.final_eval = _nothing
         trainer.add_callback("on_pretrain_routine_end", watch.before_training)
         trainer.add_callback("on_train_batch_end", watch.after_batch)
         trainer.add_callback("on_fit_epoch_end", watch.after_epoch)
@@ -179,6 +180,7 @@ class _Watch:
         self._started = time.monotonic() - plan.elapsed_s
         self._batch = 0
         self._held_out = math.nan
+        self._is_best = False
         self._trained_until = self._started
 
     def is_over(self, epochs: int) -> bool:
@@ -204,6 +206,17 @@ class _Watch:
             restore_state(trainer, self._plan.state)
             sampler.epoch = trainer.start_epoch
 
+    def judge(self, trainer: Any, start: YoloDetector) -> tuple[dict[str, float], float]:  # noqa: ANN401 - as above
+        """Judge the averaged weights on the held-out tiles; return the columns of the logbook and what ranks them."""
+        averaged = dataclasses.replace(start, network=_published(trainer), image_size_px=self._plan.tile_size_px)
+        judged = judge_tiles(averaged, self._plan.held_out, self._plan.tile_size_px, self._plan.schedule.device)
+        overall, classes = score_boxes(judged)
+        fitness = 0.0 if math.isnan(overall.map50_95) else overall.map50_95
+        self._is_best = trainer.best_fitness is None or trainer.best_fitness < fitness
+        if self._is_best:
+            trainer.best_fitness = fitness
+        return score_row(overall, classes), fitness
+
     def after_batch(self, trainer: Any) -> None:  # noqa: ANN401 - as above
         """Report."""
         self._batch += 1
@@ -224,16 +237,14 @@ class _Watch:
     def after_epoch(self, trainer: Any) -> None:  # noqa: ANN401 - as above
         """Note the score, the time and the state, and see to it that the training ends when it should."""
         now, self._batch = time.monotonic(), 0
-        self._held_out = float(trainer.metrics.get("metrics/mAP50(B)", math.nan))
+        self._held_out = trainer.metrics["held_out_map50"]
         self._logbook.add(_row(trainer, now - self._started))
         if self._plan.schedule.minutes is not None:
             self._replan(trainer, now)
         if self.is_over(trainer.epoch + 1):
             trainer.stop = True
-        if trainer.fitness is None or trainer.best_fitness == trainer.fitness:
-            best = copy.deepcopy(trainer.ema.ema)
-            best.criterion = None  # the loss is no part of a network
-            save_detector(self._plan.best, best, DetectorRecord(self._plan.tile_size_px))
+        if self._is_best:
+            save_detector(self._plan.best, _published(trainer), DetectorRecord(self._plan.tile_size_px))
         store_state(self._plan.folder / STATE_FILE, trainer)
         self._note_elapsed(now - self._started)
 
@@ -253,15 +264,33 @@ class _Watch:
 def _row(trainer: Any, elapsed_s: float) -> dict[str, float]:  # noqa: ANN401 - as above
     """Return what an epoch is remembered by."""
     losses = {name.removesuffix("_loss"): float(value) for name, value in (trainer.tloss or {}).items()}
-    metrics = {name: float(trainer.metrics.get(f"metrics/{key}(B)", math.nan)) for name, key in _METRICS.items()}
     return {
         "epoch": float(trainer.epoch + 1),
         "elapsed_s": elapsed_s,
         "loss": sum(losses.values()),
         **{f"loss_{name}": value for name, value in losses.items()},
-        **metrics,
+        **trainer.metrics,
         "learning_rate": float(trainer.optimizer.param_groups[0]["lr"]),
     }
+
+
+def score_row(overall: HeldOutScores, classes: Sequence[SizeClassScores]) -> dict[str, float]:
+    """Return scores as columns of the logbook."""
+    return {
+        "held_out_map50": overall.map50,
+        "held_out_map50_95": overall.map50_95,
+        "held_out_precision": overall.precision,
+        "held_out_recall": overall.recall,
+        **{f"map50_{entry.name}": entry.map50 for entry in classes},
+        **{f"recall_{entry.name}": entry.recall for entry in classes},
+    }
+
+
+def _published(trainer: Any) -> Any:  # noqa: ANN401 - as above
+    """Return a copy of the averaged network as it is written; the loss is no part of a network."""
+    network = copy.deepcopy(trainer.ema.ema).eval()
+    network.criterion = None
+    return network
 
 
 def _nothing() -> None:
@@ -287,7 +316,6 @@ def _settings(plan: LoopPlan) -> dict[str, object]:
         "warmup_epochs": 1.0,
         "warmup_bias_lr": 0.0,
         "max_det": max(300, 2 * plan.most_boxes),
-        "iou": NMS_IOU,
         "seed": schedule.seed,
         "deterministic": True,
         "project": str(plan.folder.resolve()),
@@ -316,6 +344,8 @@ def _translated(plan: LoopPlan) -> Iterator[None]:
         raise StorageError(
             f"{plan.folder}: training cannot write ({error.strerror or error}); free space and run again to go on"
         ) from error
+    except (ValueError, AssertionError) as error:
+        raise InvalidArgumentError(f"ultralytics refuses this training: {str(error).splitlines()[0][:160]}") from error
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise MissingCapabilityError(f"the training broke off: {reason}; a smaller batch needs less memory") from error

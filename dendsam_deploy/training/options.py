@@ -108,8 +108,12 @@ class DetectorSchedule:
             raise InvalidArgumentError("training needs an end: give minutes, epochs or both")
         sizes = (self.tiles, self.tiles_per_epoch, self.judge_tiles, self.batch, self.patience, self.learning_rate)
         numbers = (self.minutes, self.epochs, *sizes)
-        if any(number is not None and number <= 0 for number in numbers):
-            raise InvalidArgumentError("times, numbers of epochs and tiles, the batch, the patience and the learning rate must be positive")
+        if any(number is not None and not number > 0 for number in numbers):
+            raise InvalidArgumentError(
+                "times, numbers of epochs and tiles, the batch, the patience and the learning rate must be positive"
+            )
+        if self.learning_rate is not None and not self.learning_rate <= 1:
+            raise InvalidArgumentError(f"the learning rate is {self.learning_rate:g}, expected at most 1")
 
     @property
     def tile_count(self) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -26,9 +27,16 @@ from dendsam_deploy.training.samples import LabelledVolume, Tile, TileRecipe
 from dendsam_deploy.training.source import TrainingSource
 from dendsam_deploy.volume.open import open_labels, open_volume
 from dendsam_deploy.volume.raster import decode_png
+from dendsam_deploy.weights import PACKAGED_DETECTOR
 
 # Raised inside ultralytics and torch: deterministic variants of some operators, and the order of the first two steps.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+SMALL_YOLO = """
+nc: 1
+backbone: [[-1, 1, Conv, [8, 3, 2]], [-1, 1, Conv, [16, 3, 2]], [-1, 1, Conv, [16, 3, 2]]]
+head: [[-1, 1, Conv, [16, 3, 2]], [[2, 3], 1, Detect, [nc]]]
+"""
 
 SHORT = DetectorSchedule(minutes=None, epochs=1, tiles=6, tiles_per_epoch=4, judge_tiles=2, batch=2)
 
@@ -67,6 +75,14 @@ def options_for(folder):
 @pytest.fixture
 def options(tmp_path):
     return options_for(tmp_path)
+
+
+@pytest.fixture
+def small(options, tmp_path_factory):
+    """The same for a network of five layers."""
+    start = tmp_path_factory.mktemp("network") / "small.yaml"
+    start.write_text(SMALL_YOLO)
+    return dataclasses.replace(options, start=start)
 
 
 def read_yolo(file, side):
@@ -189,10 +205,16 @@ def test_a_training_writes_a_detector_that_knows_how_it_was_made(trained):
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_weights(volume, trained, tmp_path):
-    finetune_detector(*volume, options_for(tmp_path))
-    first, second = (load_detector(folder / "detector.pt").network.state_dict() for folder in (trained[0], tmp_path))
-    assert all(torch.equal(first[key], second[key]) for key in first)
+def test_the_seed_decides_about_the_weights(volume, small, tmp_path):
+    states = []
+    for number, seed in enumerate((0, 0, 1)):
+        schedule = dataclasses.replace(SHORT, seed=seed)
+        wish = dataclasses.replace(small, out=tmp_path / f"{number}.pt", schedule=schedule)
+        finetune_detector(*volume, wish)
+        states.append(load_detector(wish.out).network.state_dict())
+    first, again, other = states
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
 
 
 def interrupted(*arguments):
@@ -200,9 +222,9 @@ def interrupted(*arguments):
 
 
 @pytest.mark.slow
-def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(volume, options, tmp_path, monkeypatch):
+def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(volume, small, tmp_path, monkeypatch):
     """Interrupted amid the second epoch and behind the last one; weights and course equal an uninterrupted run's."""
-    longer = dataclasses.replace(options, schedule=dataclasses.replace(SHORT, epochs=3))
+    longer = dataclasses.replace(small, schedule=dataclasses.replace(SHORT, epochs=3))
     whole = dataclasses.replace(longer, out=tmp_path / "whole" / "detector.pt")
     finetune_detector(*volume, whole)
 
@@ -212,7 +234,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(volume, opti
 
     with pytest.raises(KeyboardInterrupt):
         finetune_detector(*volume, longer, interrupt)
-    assert not options.out.exists()
+    assert not small.out.exists()
     with pytest.raises(CheckpointError, match="other settings"):
         finetune_detector(*volume, dataclasses.replace(longer, zoom=2.0))
     seen = []
@@ -225,12 +247,41 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(volume, opti
     result = finetune_detector(*volume, longer, seen.append)
     assert (result.resumed, result.epochs) == (True, 3)
     assert {entry.stage for entry in seen} == {"plan"}
-    one, other = (load_detector(path).network.state_dict() for path in (whole.out, options.out))
+    one, other = (load_detector(path).network.state_dict() for path in (whole.out, small.out))
     assert all(torch.equal(one[key], other[key]) for key in one)
-    rows = [read_history(path.with_name("detector.training") / "history.csv") for path in (whole.out, options.out)]
+    rows = [read_history(path.with_name("detector.training") / "history.csv") for path in (whole.out, small.out)]
     assert len(rows[0]) == 3
     for first, second in zip(*rows, strict=True):
         assert first | {"elapsed_s": 0} == second | {"elapsed_s": 0}
+
+
+@pytest.mark.slow
+def test_a_training_ends_when_nothing_improves_any_more(volume, small):
+    """A rate of next to nothing moves nothing, so that some epoch soon stays the best."""
+    schedule = dataclasses.replace(SHORT, epochs=12, patience=2, learning_rate=1e-12)
+    result = finetune_detector(*volume, dataclasses.replace(small, schedule=schedule))
+    scores = [
+        row["held_out_map50_95"] for row in read_history(small.out.with_name("detector.training") / "history.csv")
+    ]
+    assert result.stopped_early
+    assert result.epochs == len(scores) < 12
+    assert scores[-3] >= max(scores[-2:])
+    assert result.best_epoch == 1 + scores.index(max(scores)) == result.epochs - 2
+    assert any(note.startswith("Stopped early: the last 2 epochs") for note in result.story.notes)
+
+
+@pytest.mark.slow
+def test_starting_weights_that_were_better_are_kept(volume, options):
+    """The packaged weights find some of the discs; a rate that destroys them leaves them the best."""
+    schedule = dataclasses.replace(SHORT, learning_rate=1.0)
+    result = finetune_detector(*volume, dataclasses.replace(options, start=None, schedule=schedule))
+    history = read_history(options.out.with_name("detector.training") / "history.csv")
+    assert [row["epoch"] for row in history] == [0, 1]
+    assert history[0]["held_out_map50_95"] > history[1]["held_out_map50_95"]
+    assert (result.best_epoch, result.scores) == (0, result.first_scores)
+    assert any("Never improved" in note for note in result.story.notes)
+    kept, before = (load_detector(path).network.state_dict() for path in (options.out, PACKAGED_DETECTOR))
+    assert all(torch.equal(kept[key], before[key]) for key in kept)
 
 
 def test_a_hostile_architecture_inside_a_checkpoint_is_refused(volume, options, tmp_path):
@@ -257,8 +308,11 @@ def test_wishes_that_cannot_be_met_are_refused(volume, options):
         dataclasses.replace(options, tile_size_px=100)
     with pytest.raises(InvalidArgumentError, match="needs an end"):
         DetectorSchedule(minutes=None)
-    with pytest.raises(InvalidArgumentError, match="positive"):
-        DetectorSchedule(batch=0)
+    for nonsense in ({"batch": 0}, {"patience": 0}, {"learning_rate": math.nan}, {"minutes": -1}):
+        with pytest.raises(InvalidArgumentError, match="positive"):
+            DetectorSchedule(**nonsense)
+    with pytest.raises(InvalidArgumentError, match="learning rate is 2, expected at most 1"):
+        DetectorSchedule(learning_rate=2.0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test asks for in vain")
