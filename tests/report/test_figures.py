@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from dendsam_deploy.report.figures import (
+    Curve,
     Series,
     chart_along_z,
     count_histogram,
+    course_chart,
     fraction_histogram,
     rate_curves,
     sample_strips,
@@ -34,6 +36,19 @@ CHARTS = {
     "equal sizes": lambda: size_histogram(np.full(3, 7.0), "area (px)"),
     "counts": lambda: count_histogram(np.array([1, 1, 2, 120]), "slices"),
     "ones": lambda: count_histogram(np.array([1, 1]), "slices"),
+    "limits": lambda: size_histogram(np.geomspace(2, 90, 30), "side (px)", limit=8.0),
+    "a far limit": lambda: count_histogram(np.array([3, 4, 9]), "objects", limit=292),
+    "course": lambda: course_chart(
+        [
+            Curve("a", Z.astype(float), np.array([0.1, np.nan, 0.2, 0.3, 0.3])),
+            Curve("b", Z[:1].astype(float), np.ones(1)),
+        ],
+        "epoch",
+        "score",
+        2.0,
+        "fraction",
+    ),
+    "rate course": lambda: course_chart([Curve("a", Z.astype(float), 10.0**-Z)], "step", "rate", None, "log"),
     "fractions": lambda: fraction_histogram(np.array([0.0, 0.5, 1.0]), "IoU"),
     "waterfall": lambda: waterfall({"read": 1.0, "encode": 3000.0, "<paint>": 20.0}),
     "strips": lambda: sample_strips({"a": (1.0, 2.0, 3.0), "b": (5.0,)}, "one call"),
