@@ -93,7 +93,7 @@ def _sam_facts(path: Path) -> Facts:
 
     with open_sam_file(path) as (_, found):
         record = found.training_record(path)
-        adapters = None if found.adapters is None else dataclasses.asdict(found.adapters)
+        lora = found.adapters
     return {
         "kind": "sam",
         "path": str(path),
@@ -101,7 +101,9 @@ def _sam_facts(path: Path) -> Facts:
         "made_as": LAYOUTS[found.layout],
         "architecture": record.model_type,
         "image_size_px": record.image_size,
-        "adapters": adapters or "none",
+        "lora_ranks": [] if lora is None else list(lora.ranks),
+        "lora_parts": [] if lora is None else list(lora.parts),
+        "lora_blocks": [] if lora is None else list(lora.blocks),
         "segmentation_decoder": found.has_segmentation_decoder,
         "answers_prompts": found.layout != "unetr",
         "model_pixel_size_nm": record.model_pixel_size_nm,

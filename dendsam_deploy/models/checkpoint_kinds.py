@@ -19,6 +19,7 @@ Each may have low-rank adapters (`models.adapters`), and each may be a MobileSAM
 from __future__ import annotations
 
 import re
+import struct
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -171,7 +172,7 @@ def recognise(pickled: Unpickled, path: Path) -> SamFile:
         has_segmentation_decoder=has_decoder,
         normalisation=normalisation,
         record=content.get(RECORD_KEY),
-        progress={key: value for key in _PROGRESS_KEYS if isinstance(value := content.get(key), str | int | float)},
+        progress={key: value for key in _PROGRESS_KEYS if (value := _plain(content.get(key))) is not None},
         trained_by=_trainer(content, pickled.names),
         foreign=_foreign(pickled.names),
     )
@@ -286,6 +287,26 @@ def _foreign(names: Iterable[str]) -> tuple[str, ...]:
             if not name.startswith(plain) and not re.fullmatch(r"torch\.(\w+Storage|Size|device|[a-z]+\d*)", name)
         )
     )
+
+
+def _plain(value: object) -> str | float | None:
+    """Return a word or a number, also where it is one of NumPy, as trainers leave them; None for anything else."""
+    if isinstance(value, str | int | float):
+        return value
+    if not isinstance(value, Placeholder) or not value.maker.endswith("multiarray.scalar"):
+        return None
+    match value.arguments:
+        case (Placeholder(maker="numpy.dtype", arguments=(str(kind), *_)), bytes(stored)):
+            pass
+        case (
+            Placeholder(maker="numpy.dtype", arguments=(str(kind), *_)),
+            Placeholder(arguments=(str(text), "latin1")),
+        ):
+            stored = text.encode("latin1", "replace")
+        case _:
+            return None
+    code = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i"}.get(kind, "")
+    return float(struct.unpack(code, stored)[0]) if code and struct.calcsize(code) == len(stored) else None
 
 
 def _trainer(content: Mapping[object, object], names: Iterable[str]) -> str:

@@ -44,7 +44,7 @@ os.environ.update(
 _OMP_NUM_THREADS = os.environ.get("OMP_NUM_THREADS")
 import ultralytics  # noqa: E402 - after the environment that it reads
 from ultralytics.nn import tasks  # noqa: E402
-from ultralytics.nn.modules import OBB, Detect  # noqa: E402
+from ultralytics.nn.modules import OBB, Conv, Detect  # noqa: E402
 
 if _OMP_NUM_THREADS is None:
     os.environ.pop("OMP_NUM_THREADS", None)  # ultralytics sets it to 1, for every process started from here as well
@@ -311,7 +311,12 @@ def _fuse(network: Any) -> None:  # noqa: ANN401 - an untyped method of ultralyt
 def _new_network(description: dict[str, Any], model_class: str = "DetectionModel") -> Any:  # noqa: ANN401 - untyped
     """Build a network with random weights."""
     build: Callable[..., Any] = getattr(tasks, model_class)
-    return build(copy.deepcopy(description), verbose=False)
+    # In older versions, a description that names an activation changes that of every network built after it.
+    before: Any = Conv.default_act
+    try:
+        return build(copy.deepcopy(description), verbose=False)
+    finally:
+        Conv.default_act = before
 
 
 def _check_head(network: nn.Module, path: Path) -> None:

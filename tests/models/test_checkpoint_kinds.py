@@ -14,6 +14,9 @@ from sam_layouts import ForeignPackage, adapt, decoder_state, led, random_sam, t
 from dendsam_deploy.errors import CheckpointError, InvalidArgumentError
 from dendsam_deploy.models.adapters import AdapterFacts, merge_adapters
 from dendsam_deploy.models.checkpoint_kinds import open_sam_file
+from dendsam_deploy.models.image_encoder import ImageEncoderGraph
+from dendsam_deploy.models.plain_encoder import PlainEncoder
+from dendsam_deploy.models.reference import encode_tiles
 from dendsam_deploy.models.weights import TrainingRecord, load_sam, save_sam
 
 
@@ -68,7 +71,7 @@ def test_training_checkpoint_of_torch_em(leader, old_format, tmp_path):
     assert found.has_segmentation_decoder
     assert found.trained_by == "torch_em"
     assert {"torch_em.segmentation.SegmentationDataset", "torch_em.segmentation.rebuild_sampler"} <= set(found.foreign)
-    assert {"epoch": 99, "iteration": 2000, "train_time": 12.5}.items() <= found.progress.items()
+    assert {"epoch": 99, "iteration": 2000, "best_metric": 0.125}.items() <= found.progress.items()
     assert "torch_em" not in sys.modules
 
 
@@ -154,6 +157,18 @@ class TestAdapters:
             assert_same_embeddings(random_sam(), loaded.sam)
         mlp = ("mlp 1", "mlp 2") if parts in ("", "qv") else ()
         assert loaded.adapters == AdapterFacts((rank,), (*parts, *mlp), (1, 2, 7))
+
+    @pytest.mark.parametrize("form", ["added", "widened", None])
+    def test_the_deployable_graph_equals_the_adapted_model(self, form, tmp_path):
+        """From the file of adapters to the graph, against SAM's own preprocessing and the encoder that still has them."""
+        adapted = adapt(random_sam(), range(8), "qkv", 4, with_mlp=True)
+        loaded = load_sam(saved(adapted.state_dict(), tmp_path))
+        graph = ImageEncoderGraph(loaded.sam) if form is None else PlainEncoder(loaded.sam, form)
+        tiles = torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+        sizes = torch.tensor([[64, 64], [50, 64]])
+        with torch.no_grad():
+            found = graph(tiles, sizes)
+        torch.testing.assert_close(found, encode_tiles(adapted, tiles, sizes), atol=5e-5, rtol=1e-3)
 
     def test_blocks_may_have_different_ranks(self, tmp_path):
         adapted = adapt(adapt(random_sam(), [0], "qkv", 2), [5], "v", 9)

@@ -210,6 +210,45 @@ def test_a_hostile_checkpoint_never_runs(kind, tmp_path):
     assert not canary.exists()
 
 
+def test_a_hostile_description_in_a_checkpoint_never_runs(tmp_path):
+    """ultralytics evaluates the activation that a description names."""
+    canary, file = tmp_path / "canary", tmp_path / "hostile.pt"
+    network = load_detector(Path("yolo11n.yaml")).network
+    network.yaml["activation"] = f"__import__('os').system('touch {canary}')"
+    torch.save({"model": network}, file)
+    with pytest.raises(UnsafeFileError, match=r"is no layer of torch\.nn; refused"):
+        load_detector(file)
+    assert not canary.exists()
+
+
+def test_a_layer_of_a_newer_version_is_named(tmp_path):
+    network = load_detector(Path("yolo11n.yaml")).network
+    network.yaml["backbone"][0][2] = "Conv3000"
+    torch.save({"model": network}, tmp_path / "newer.pt")
+    with pytest.raises(CheckpointError, match=r"needs the layer Conv3000, which ultralytics .* lacks; update"):
+        load_detector(tmp_path / "newer.pt")
+
+
+def test_a_pruned_network_is_not_rebuilt_wrongly(tmp_path):
+    network = load_detector(Path("yolo11n.yaml")).network
+    network.model[0].conv = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
+    torch.save({"model": network}, tmp_path / "pruned.pt")
+    with pytest.raises(CheckpointError, match=r"its weights do not fit its description .* Give it in ONNX instead"):
+        load_detector(tmp_path / "pruned.pt")
+
+
+def test_the_activation_of_one_network_is_not_that_of_the_next(tmp_path):
+    description = load_detector(Path("yolo11n.yaml")).network.yaml
+    from ultralytics.nn import tasks  # noqa: PLC0415 - after detector.py prepared its environment
+
+    network = tasks.DetectionModel(description | {"activation": "nn.ReLU()"}, verbose=False)
+    tasks.Conv.default_act = nn.SiLU()
+    torch.save({"model": network}, tmp_path / "relu.pt")
+    first = load_detector(tmp_path / "relu.pt").network
+    assert type(first.model[0].act) is nn.ReLU
+    assert type(load_detector(Path("yolo11n.yaml")).network.model[0].act) is nn.SiLU
+
+
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_hostile_bare_pickle_is_named(protocol, tmp_path):
     canary, file = tmp_path / "canary", tmp_path / "hostile.pt"
