@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from dendsam_deploy.evaluate.latency_plan import BenchmarkOptions as BenchmarkOptions
     from dendsam_deploy.evaluate.parity import VerifyOptions as VerifyOptions
     from dendsam_deploy.evaluate.parity import verify_bundle as verify_bundle
+    from dendsam_deploy.evaluate.pseudo_labels import PseudoLabels as PseudoLabels
+    from dendsam_deploy.evaluate.pseudo_labels import pseudo_label_volume as pseudo_label_volume
+    from dendsam_deploy.evaluate.pseudo_options import PseudoLabelOptions as PseudoLabelOptions
+    from dendsam_deploy.evaluate.rounds import run_rounds as run_rounds
+    from dendsam_deploy.evaluate.rounds_options import RoundsOptions as RoundsOptions
+    from dendsam_deploy.evaluate.rounds_record import RoundsResult as RoundsResult
     from dendsam_deploy.evaluate.score_report import EvaluateOptions as EvaluateOptions
     from dendsam_deploy.evaluate.score_report import ScoreReport as ScoreReport
     from dendsam_deploy.evaluate.scores import evaluate_labels as evaluate_labels
@@ -85,6 +91,10 @@ _HOMES = {
     "ParityReport": "bundle.parity",
     "PhantomOptions": "volume.phantom",
     "Progress": "progress",
+    "PseudoLabelOptions": "evaluate.pseudo_options",
+    "PseudoLabels": "evaluate.pseudo_labels",
+    "RoundsOptions": "evaluate.rounds_options",
+    "RoundsResult": "evaluate.rounds_record",
     "SamTrainingOptions": "training.sam_options",
     "ScoreReport": "evaluate.score_report",
     "SegmentOptions": "pipeline.job",
@@ -105,7 +115,9 @@ _HOMES = {
     "open_labels": "volume.open",
     "open_session": "runtimes.session",
     "open_volume": "volume.open",
+    "pseudo_label_volume": "evaluate.pseudo_labels",
     "report_from_run": "report.run_folder",
+    "run_rounds": "evaluate.rounds",
     "segment_volume": "pipeline.run",
     "verify_bundle": "evaluate.parity",
 }

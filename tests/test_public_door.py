@@ -26,6 +26,7 @@ DOOR = {
     # results
     "segment_volume", "SegmentOptions", "SegmentResult", "report_from_run",
     "evaluate_labels", "EvaluateOptions", "ScoreReport",
+    "pseudo_label_volume", "PseudoLabelOptions", "PseudoLabels", "run_rounds", "RoundsOptions", "RoundsResult",
     # what happens on the way
     "Progress", "DendsamError", "InvalidArgumentError", "MissingCapabilityError", "InputFileError", "VolumeError",
     "CheckpointError", "BundleError", "ParityError", "StorageError", "IncompleteRunError", "UnsafeFileError",

@@ -199,13 +199,6 @@ def _within(block: Block | None, depth: int, name: str) -> tuple[int, ...]:
 def _check(roles: SliceRoles, near: set[int], shown: set[int], gap: int) -> None:
     """Raise where a role has no slice, or slices serve two roles or lie too near to those that judge."""
     texts = roles.texts()
-    said = ", ".join(f"{name}: {text}" for name, text in texts.items())
-    for name in ("labelled", "held_out", "unlabelled"):
-        if not getattr(roles, name):
-            raise InvalidArgumentError(
-                f"no slice is left for the role {name.replace('_', '-')} ({said}, {gap} apart); name other ranges, "
-                "or a smaller gap"
-            )
     for name in ("labelled", "calibration", "held_out"):
         if not shown & set(getattr(roles, name)) and getattr(roles, name):
             raise InvalidArgumentError(f"the {name.replace('_', '-')} slices {texts[name]} show no labelled object")
@@ -218,6 +211,13 @@ def _check(roles: SliceRoles, near: set[int], shown: set[int], gap: int) -> None
     for one, other in (("labelled", "unlabelled"), ("labelled", "calibration"), ("unlabelled", "calibration")):
         if clash := sorted(set(getattr(roles, one)) & set(getattr(roles, other))):
             raise InvalidArgumentError(f"slices {slices_text(clash)} are both {one} and {other}; give each one role")
+    said = ", ".join(f"{name}: {text}" for name, text in texts.items())
+    for name in ("labelled", "held_out", "unlabelled"):
+        if not getattr(roles, name):
+            raise InvalidArgumentError(
+                f"no slice is left for the role {name.replace('_', '-')} ({said}, {gap} apart); name other ranges, "
+                "or a smaller gap"
+            )
 
 
 def data_line(volume: Path, labels: Path, roles: SliceRoles) -> str:

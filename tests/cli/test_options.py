@@ -36,7 +36,10 @@ def test_the_commands_are_those_of_the_contract_that_exist_so_far() -> None:
         "verify",
         "benchmark",
         "segment",
+        "pseudo-label",
+        "rounds",
         "evaluate",
+        "compare",
     }
 
 
