@@ -9,7 +9,7 @@ from dendsam_deploy.runtimes.runner import check_inputs, gpu_of, line_of, not_op
 
 try:
     import openvino
-except ImportError as error:  # also where a shared library of the package is missing
+except (ImportError, OSError) as error:  # also where a shared library of the package is missing
     raise MissingCapabilityError(
         f"engine openvino: the package does not load ({error}); run: pip install 'dendsam-deploy[openvino]'"
     ) from error

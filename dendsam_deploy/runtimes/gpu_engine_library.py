@@ -14,7 +14,7 @@ from dendsam_deploy.errors import MissingCapabilityError
 
 try:
     import tensorrt
-except ImportError as error:  # also where one of its libraries is missing
+except (ImportError, OSError) as error:  # also where one of its libraries is missing
     raise MissingCapabilityError(
         f"engine tensorrt: the package does not load ({error}); run: pip install 'dendsam-deploy[tensorrt]'"
     ) from error

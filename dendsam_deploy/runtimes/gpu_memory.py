@@ -18,7 +18,7 @@ from dendsam_deploy.runtimes.foreign_memory import address_of, view_of_memory
 
 try:
     from cuda.bindings import runtime
-except ImportError as error:  # also where the library of CUDA itself is missing
+except (ImportError, OSError) as error:  # also where the library of CUDA itself is missing
     raise MissingCapabilityError(
         f"the package cuda-python does not load ({error}); run: pip install 'dendsam-deploy[tensorrt]'"
     ) from error

@@ -15,7 +15,7 @@ from dendsam_deploy.runtimes.runner import gpu_of, line_of, not_open
 try:
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as native
-except ImportError as error:  # also where a shared library of the package is missing
+except (ImportError, OSError) as error:  # also where a shared library of the package is missing
     raise MissingCapabilityError(
         f"engine onnxruntime: the package does not load ({error}); run: pip install --force-reinstall onnxruntime, or "
         "onnxruntime-gpu[cuda,cudnn] in its place where there is an NVIDIA GPU"

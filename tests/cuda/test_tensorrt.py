@@ -172,6 +172,10 @@ def test_embeddings_stay_on_the_gpu(bundle: Bundle, engines, decoders: tuple) ->
         )
         with pytest.raises(InvalidArgumentError, match="allocate"):
             encoder.run_into(inputs, {})
+        with pytest.raises(InvalidArgumentError, match=rf"expected float32\[{count}, "):
+            encoder.run_into(inputs, {"embeddings": room[1:]})  # the GPU would write beyond its end
+        for array in (inputs["tiles"][::2], inputs["tiles"][:, ::3, 1:], inputs["tiles"][:0]):
+            np.testing.assert_array_equal(encoder.upload(array).numpy(), array)
 
 
 def test_a_segmented_volume_is_that_of_the_cpu(

@@ -140,6 +140,22 @@ def test_embeddings_stay_on_the_gpu(session: Session):
         np.testing.assert_array_equal(values, travelled[name])
 
 
+def test_any_array_goes_up_and_may_change_at_once(session: Session):
+    encoder = session.encoder
+    assert isinstance(encoder, CapturedRunner)
+    array = np.random.default_rng(0).integers(0, 256, (6, 40, 50), np.uint8)
+    frozen = array.copy()
+    frozen.flags.writeable = False
+    expected = array.copy()
+    uploaded = [encoder.upload(given) for given in (array, frozen, array[::2], array.transpose(2, 0, 1), array[:0])]
+    array[:] = 0
+    for found, want in zip(
+        uploaded, (expected, expected, expected[::2], expected.transpose(2, 0, 1), expected[:0]), strict=True
+    ):
+        np.testing.assert_array_equal(found.numpy(), want)
+        assert found.device == session.device
+
+
 def test_a_segmented_volume_is_that_of_the_cpu(session: Session, trained_bundle: Path, phantom: Path, tmp_path: Path):
     ours = segment_volume(phantom, session, SegmentOptions(out=tmp_path / "gpu"))
     with open_session(Bundle.open(trained_bundle), CPU) as on_cpu:
@@ -154,6 +170,8 @@ def test_a_segmented_volume_is_that_of_the_cpu(session: Session, trained_bundle:
 def test_a_full_memory_says_what_to_do_and_spoils_nothing(session: Session):
     encoder = session.encoder
     assert isinstance(encoder, CapturedRunner)
+    with pytest.raises(InvalidArgumentError, match=r"expected float32\[3, "):
+        encoder.run_into(tiles_of(3, 512), {"embeddings": encoder.allocate("embeddings", 2)})
     with pytest.raises(MissingCapabilityError, match=r"failed on .*free memory") as caught:
         encoder.allocate("embeddings", 1 << 22)
     assert "\n" not in str(caught.value)
