@@ -37,6 +37,7 @@ FORMS = click.Choice(["added", "widened"])
 )
 @SETTINGS.option("--reference", "reference_volume", PATH, "Volume to compare graphs on.  [default: a phantom]")
 @SETTINGS.option("--licence", "licence", str, "Licence of the weights.")
+@SETTINGS.flag("--no-points", "points", "Leave out the decoder for points, which only compare uses.")
 @SETTINGS.flag("--overwrite", "overwrite", "Replace a bundle of that name.")
 @click.option("--no-verify", is_flag=True, help="Publish the bundle without comparing it with the weights: unproven.")
 @json_option

@@ -144,15 +144,16 @@ def _fp32_parts(
     rung = Rung("fp32", choose_attention(loaded.sam, options.attention, judges.stopwatch))
     encoder = encoder_graph(weights, rung, folder)
     _step(progress, "decoder")
-    decoder, points = decoder_graph(weights, rung, folder), points_graph(weights, folder)
+    decoder = decoder_graph(weights, rung, folder)
+    points = (points_graph(weights, folder),) if options.points else ()
     _step(progress, "reference")
     outputs = None if detector is None else detector.outputs
     with storage_errors(options.out):
         answers = sam_outputs(loaded.sam, inputs)
-        clicks = point_answers(loaded.sam, inputs, answers.embeddings)
+        clicks = point_answers(loaded.sam, inputs, answers.embeddings) if points else None
         save_reference(folder / REFERENCE_FILE, StoredReference(inputs, answers, outputs, clicks))
     source = Source("sam", loaded.record.model_type, checkpoint_digest(options.sam, loaded.sha256))
-    manifest = _manifest(options, weights, source, (encoder, decoder, points))
+    manifest = _manifest(options, weights, source, (encoder, decoder, *points))
     facts = TrainingFacts(loaded.record.summary, {})
     if detector is None:
         return weights, manifest, facts

@@ -50,6 +50,8 @@ class ExportOptions:
         Volume whose sections the graphs are compared on; None takes a phantom.
     licence : str
         Licence of the weights.
+    points : bool
+        Whether the decoder for points is written, which `compare` needs for clicks and for the grid, and `segment` not.
     overwrite : bool
         Whether an existing bundle may be replaced.
     """
@@ -69,4 +71,5 @@ class ExportOptions:
     margin_px: float = 16.0
     reference_volume: Path | None = None
     licence: str = "not stated"
+    points: bool = True
     overwrite: bool = False

@@ -48,7 +48,7 @@ def test_verify_lists_every_comparison(run, copy) -> None:
     assert lines[0].split() == columns
     numbers = lines[1 : lines.index("")]
     assert {line.split()[0] for line in numbers} == {"1", "2", "4", "5"}, "without a detector there are no boxes"
-    assert sum("logits_max_over_std" in line for line in numbers) == 2, "the worst of each, and that of the chain"
+    assert sum("logits_max_over_std" in line for line in numbers) == 3, "the worst of each decoder, and of the chain"
     assert [line.partition(":")[0] for line in lines[-2:]] == ["openvino on cpu at fp32", "onnxruntime on cpu at fp32"]
     assert all(line.endswith("limits kept") for line in lines[-2:])
     document = run("verify", copy, "--engine", "onnxruntime", "--json", "-").document

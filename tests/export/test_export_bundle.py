@@ -100,7 +100,7 @@ def test_a_bundle_that_fails_its_gate_is_not_published(exported, tmp_path: Path)
         assert not (tmp_path / "exports" / "sam").exists()
         return ParityReport((row(passed=True), row(passed=False)))
 
-    options = ExportOptions(exported.sam, tmp_path / "exports" / "sam")
+    options = ExportOptions(exported.sam, tmp_path / "exports" / "sam", points=False)
     with pytest.raises(ParityError, match=r"1 of 2 checks: encoder embedding_relative_max 0\.5 \(limit 0\.0001\)"):
         export_bundle(options, Judges(gate), steps.append)
     assert len(seen) == 1

@@ -48,7 +48,9 @@ def export(checkpoint: Path, out: Path, precisions, fails=(), absent=()) -> tupl
             raise MissingCapabilityError("no engine")
         return report(precision, passed=judged[-1] not in fails)
 
-    path = export_bundle(ExportOptions(checkpoint, out, precisions=precisions), Judges(gate), tell=said.append)
+    path = export_bundle(
+        ExportOptions(checkpoint, out, precisions=precisions, points=False), Judges(gate), tell=said.append
+    )
     return Bundle.open(path), judged, said
 
 
@@ -80,7 +82,7 @@ def test_a_precision_that_fails_is_replaced_by_the_next_and_fp32_is_left_at_last
     assert said[0].startswith("fp16 with relative position widened differs from the weights in 1 of 1 checks")
     assert len(said) == 5
     assert "does without" in said[-1]
-    assert sorted(path.name for path in bundle.path.glob("*.onnx")) == ["decoder.onnx", "encoder.onnx", "points.onnx"]
+    assert sorted(path.name for path in bundle.path.glob("*.onnx")) == ["decoder.onnx", "encoder.onnx"]
 
 
 def test_a_precision_that_no_engine_here_runs_is_published_as_unproven(checkpoint: Path, tmp_path: Path):
@@ -100,7 +102,9 @@ def test_int8_is_quantised_less_where_it_fails(checkpoint: Path, tmp_path: Path)
 
     said: list[str] = []
     path = export_bundle(
-        ExportOptions(checkpoint, tmp_path / "b", precisions=("int8", "int8")), Judges(gate), tell=said.append
+        ExportOptions(checkpoint, tmp_path / "b", precisions=("int8", "int8"), points=False),
+        Judges(gate),
+        tell=said.append,
     )
     assert calls == ["fp32", "int8", "int8"]
     assert said[0].startswith("int8 in all linear layers differs")
@@ -113,7 +117,9 @@ def test_int8_is_quantised_less_where_it_fails(checkpoint: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_every_published_precision_is_close_to_the_reference(exported, tmp_path: Path):
     """Run, not only judged: each engine's embeddings at each precision against the stored ones."""
-    options = ExportOptions(exported.sam, tmp_path / "b", exported.detector, precisions=("fp16", "bf16", "int8"))
+    options = ExportOptions(
+        exported.sam, tmp_path / "b", exported.detector, precisions=("fp16", "bf16", "int8"), points=False
+    )
     bundle = Bundle.open(export_bundle(options))
     path = bundle.extra_path("reference.npz")
     assert path is not None
@@ -152,7 +158,7 @@ def test_mobile_sam_is_refused_at_half_precision(tmp_path: Path):
     steps: list[str] = []
     with pytest.raises(InvalidArgumentError, match="vit_t has no encoder graph at fp16, only at fp32"):
         export_bundle(
-            ExportOptions(tmp_path / "t.pt", tmp_path / "b", precisions=("fp32", "fp16")),
+            ExportOptions(tmp_path / "t.pt", tmp_path / "b", precisions=("fp32", "fp16"), points=False),
             progress=lambda progress: steps.append(progress.note),
         )
     assert steps == ["reading the weights"], "nothing is worked on before it is refused"
