@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dendsam_deploy.cli.headings import with_headings
 from dendsam_deploy.cli.options import PATH, Settings, command, data_options, extra, json_option, output_option
 from dendsam_deploy.cli.weights import with_weights
 
@@ -20,25 +21,38 @@ SETTINGS = Settings("dendsam_deploy.training.options:DetectorTrainingOptions")
 SCHEDULE = Settings("dendsam_deploy.training.options:DetectorSchedule")
 
 
+COUNT = click.IntRange(1)
+POSITIVE = click.FloatRange(0, min_open=True)
+
+HEADINGS = {
+    "--start": "Model",
+    "--minutes": "Length",
+    "--batch": "Method and memory",
+    "--data": "Data",
+    "--seed": "The run",
+}
+
+
+@with_headings(HEADINGS)
 @command("detector", "finetune detector ca1.tif ca1-labels.tif -o ca1-yolo.pt --minutes 30 --slices 0:100")
 @click.argument("volume", type=PATH, required=False)
 @click.argument("labels", type=PATH, required=False)
 @output_option("Checkpoint to write.", required=True)
+@json_option
 @SETTINGS.option("--start", "start", PATH, "YOLO checkpoint, or an architecture such as yolo11n.yaml, to start from.")
 @SETTINGS.flag("--from-scratch", "from_scratch", "Start from random weights of that architecture.")
 @SETTINGS.option("--image-size", "tile_size_px", int, "Side of the tiles, px.")
-@SCHEDULE.option("--minutes", "minutes", click.FloatRange(0, min_open=True), "Longest training time.")
-@SCHEDULE.option("--epochs", "epochs", click.IntRange(1), "Most epochs.")
-@SCHEDULE.option("--patience", "patience", click.IntRange(1), "Epochs without improvement after which to stop early.")
-@SCHEDULE.option("--batch", "batch", click.IntRange(1), "Tiles of a step.  [default: what fits into memory]")
-@SCHEDULE.option("--tiles", "tiles", click.IntRange(1), "Tiles to cut.  [default: 600, on a GPU 4000]")
-@SCHEDULE.option("--tiles-per-epoch", "tiles_per_epoch", click.IntRange(1), "Of these.  [default: 96, on a GPU 1280]")
-@SCHEDULE.option("--learning-rate", "learning_rate", float, "Peak rate.  [default: 5e-4; from random weights 2e-3]")
+@SCHEDULE.option("--minutes", "minutes", POSITIVE, "Longest training time; none where --epochs is given alone.")
+@SCHEDULE.option("--epochs", "epochs", COUNT, "Most epochs; without --minutes the seed decides all.")
+@SCHEDULE.option("--patience", "patience", COUNT, "Epochs in a row without a better one after which to stop early.")
+@SCHEDULE.option("--batch", "batch", COUNT, "Tiles of a step.  [default: planned from the free memory, and printed]")
+@SCHEDULE.option("--tiles", "tiles", COUNT, "Tiles to cut.  [default: 600, on a GPU 4000]")
+@SCHEDULE.option("--tiles-per-epoch", "tiles_per_epoch", COUNT, "Of these.  [default: 96, on a GPU 1280]")
+@SCHEDULE.option("--learning-rate", "learning_rate", POSITIVE, "Peak.  [default: 5e-4; from random weights 2e-3]")
 @data_options(SETTINGS)
-@SCHEDULE.option("--seed", "seed", int, "Source of every random choice.")
-@SCHEDULE.option("--device", "device", str, "cpu or cuda[:N].")
+@SCHEDULE.option("--seed", "seed", click.IntRange(0), "Source of every random choice.")
+@SCHEDULE.option("--device", "device", str, "cpu or cuda[:N]; one GPU at most.")
 @SETTINGS.flag("--no-resume", "resume", "Begin anew where an interrupted run could go on.")
-@json_option
 @click.pass_context
 def finetune_detector(
     context: click.Context, volume: Path | None, labels: Path | None, out: Path, json_file: Path | None
@@ -58,7 +72,10 @@ def finetune_detector(
     from dendsam_deploy.training.options import DetectorSchedule, DetectorTrainingOptions
 
     console: Console = context.obj
-    schedule = DetectorSchedule(**SCHEDULE.given(context))
+    given = SCHEDULE.given(context)
+    if "epochs" in given:
+        given.setdefault("minutes", None)
+    schedule = DetectorSchedule(**given)
     given = with_weights(console, SETTINGS.given(context), "start")
     options = DetectorTrainingOptions(out=out, schedule=schedule, **given)
     with console.progress() as progress:
@@ -66,7 +83,8 @@ def finetune_detector(
     page = write_training_report(logbook_folder(out), result.story)
     scores = result.scores
     text = (
-        f"{result.out}: {result.architecture}, {result.epochs} epochs, number {result.best_epoch} is the best; "
+        f"{result.out}: {result.architecture}, {result.epochs} epoch{'' if result.epochs == 1 else 's'}, number "
+        f"{result.best_epoch} is the best; "
         f"on held-out slices of {held_out_text(result)} precision {scores.precision:.3f}, recall {scores.recall:.3f} "
         f"at IoU .5, mAP50 {scores.map50:.3f}{size_text(result)}\nreport: {page}"
     )
