@@ -150,7 +150,8 @@ def also_option(function: Function) -> Function:
     """Add ``--also coco,yolo,roi``, which arrives as `also`."""
     help_text = "Write the objects for other programs, too: coco (run lengths), yolo (boxes), roi (ImageJ)."
     kind = word("coco,yolo,roi", _read_formats)
-    return click.option("--also", type=kind, default="", show_default=False, help=help_text)(function)
+    option = click.option("--also", type=kind, metavar="coco,yolo,roi", default="", show_default=False, help=help_text)
+    return option(function)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dendsam_deploy.pipeline.interchange import OtherFormat
 
 SETTINGS = Settings("dendsam_deploy.evaluate.pseudo_options:PseudoLabelOptions")
+CRITERIA = Settings("dendsam_deploy.evaluate.mask_choice:MaskCriteria")
 
 FORMATS = click.Choice(["tif", "ome-zarr"])
 PART = click.FloatRange(0, 1)
@@ -48,10 +49,10 @@ PART = click.FloatRange(0, 1)
 @SETTINGS.option("--right-iou", "right_iou", float, "IoU with an object of the truth from which a mask is right.")
 @SETTINGS.option("--background-label", "background_labels", [int], "Label of the truth that is no object. Repeatable.")
 @SETTINGS.flag("--sparse-truth", "sparse_truth", "The truth shows only some objects: judge no masks that meet none.")
-@SETTINGS.option("--least-score", "least_score", PART, "Least detection score.  [default: chosen, or 0.5]")
-@SETTINGS.option("--least-iou", "least_predicted_iou", PART, "Least predicted IoU.  [default: chosen, or 0.75]")
-@SETTINGS.option("--least-stability", "least_stability", PART, "Least stability.  [default: chosen, or 0.85]")
-@SETTINGS.option("--least-agreement", "least_agreement", PART, "Least agreement.  [default: chosen, or 0.5]")
+@CRITERIA.option("--least-score", "score", PART, "Least detection score; with --truth it is chosen, unless given.")
+@CRITERIA.option("--least-iou", "predicted_iou", PART, "Least predicted IoU; likewise.")
+@CRITERIA.option("--least-stability", "stability", PART, "Least stability; likewise.")
+@CRITERIA.option("--least-agreement", "agreement", PART, "Least agreement; likewise.")
 @SETTINGS.option("--jitter", "jitter_fraction", float, "Error of the boxes that measure stability, part of the side.")
 @SETTINGS.option("--repeats", "jitter_repeats", click.IntRange(1), "Number of such boxes for each mask.")
 @SETTINGS.option("--seed", "seed", click.IntRange(0), "Source of these errors.")
@@ -94,7 +95,8 @@ def pseudo_label(
     from dendsam_deploy.volume.open import open_volume
 
     console: Console = context.obj
-    options = PseudoLabelOptions(out=out, also=also, **SETTINGS.given(context))
+    least = {f"least_{name}": value for name, value in CRITERIA.given(context).items()}
+    options = PseudoLabelOptions(out=out, also=also, **least, **SETTINGS.given(context))
     opened = Bundle.open(bundle or find_bundle())
     with ExitStack() as stack:
         raw = stack.enter_context(open_volume(volume, options.voxel_size_nm))

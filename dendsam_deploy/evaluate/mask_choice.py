@@ -40,6 +40,10 @@ CONFIDENCE = 0.95
 class MaskCriteria:
     """Least values of a mask that is kept; 0 asks for nothing.
 
+    The defaults are for those who have no truth to choose by. With the packaged weights, which have seen phantoms only,
+    they keep 25 of 78 masks in six slices of a larval nerve cord (serial-section TEM), all of them right, and 149 of
+    288 in 24 slices of a medulla (FIB-SEM), of which 91 % are right; of all masks, 90 % and 84 % are.
+
     Parameters
     ----------
     score : float
@@ -52,10 +56,10 @@ class MaskCriteria:
         Largest IoU with a mask of a neighbouring slice. A mask without any neighbouring slice is not asked.
     """
 
-    score: float = 0.5
-    predicted_iou: float = 0.75
+    score: float = 0.6
+    predicted_iou: float = 0.7
     stability: float = 0.85
-    agreement: float = 0.5
+    agreement: float = 0.6
 
     def __post_init__(self) -> None:
         for field in fields(self):

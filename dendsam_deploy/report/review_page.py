@@ -143,7 +143,9 @@ def _charts(rows: Sequence[Mapping[str, str]], result: PseudoLabels) -> dict[str
     z = np.arange(first, stop)
     if len(z) > 1:
         found, kept = (
-            np.bincount([int(row["z"]) - first for row in some], minlength=len(z)).astype(np.float64)
+            np.bincount(np.array([int(row["z"]) - first for row in some], np.int64), minlength=len(z)).astype(
+                np.float64
+            )
             for some in (rows, [row for row in rows if row["kept"] == "yes"])
         )
         charts["counts"] = chart_along_z(z, [Series("found", found), Series("kept", kept)], "masks in the slice")

@@ -265,6 +265,23 @@ def test_slices_that_are_not_looked_at_stay_unlabelled(volume, tmp_path) -> None
     assert {row["why_not"] for row in rows if row["z"] != "2"} == {"its slice gets no labels"}
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_volume_without_any_mask_and_one_of_a_single_slice(tmp_path, depth) -> None:
+    blank, one = tmp_path / "blank.tif", tmp_path / "one.tif"
+    tifffile.imwrite(blank, np.zeros((depth, 96, 110), np.uint8), imagej=True, metadata={"axes": "ZYX"})
+    tifffile.imwrite(one, draw_stack()[:depth], imagej=True, metadata={"axes": "ZYX"})
+    nothing = run(blank, tmp_path / "a", also=("coco", "yolo", "roi"))
+    assert (nothing.masks, nothing.kept, nothing.reached) == (0, 0, True)
+    assert any("no mask was found at all" in notice for notice in nothing.notices)
+    assert not tifffile.imread(nothing.labels).any()
+    some = run(one, tmp_path / "b", **{**EVERYTHING, "least_agreement": 0.99 if depth == 1 else 0.0})
+    assert some.kept == some.masks == 2 * depth
+    assert any("no neighbouring slice" in notice for notice in some.notices) == (depth == 1)
+    for made, volume in ((nothing, blank), (some, one)):
+        with open_volume(volume) as raw:
+            assert "Kept, worst first" in write_review_page(made, raw).read_text()
+
+
 def test_other_folders_are_left_alone(volume, tmp_path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
