@@ -131,11 +131,12 @@ class BoxErrorCurve:
         for_offsets, in_all = exact - self.at(jitter), exact - score
         objects = error.matched + error.missed
         beyond = ", which is beyond the curve" if jitter > self.points[-1].jitter else ""
+        plural = "" if error.extra == 1 else "es"
         where = (
             f"its boxes' edges are off by {error.edge_error:.1%} of the side on average, like exact boxes jittered by "
             f"up to {jitter:.0%}{beyond}; that costs {for_offsets:.3f} of S_inst {exact:.3f}, and all its errors "
-            f"together, {error.missed} of {objects} objects missed and {error.extra} boxes too many among them, cost "
-            f"{in_all:.3f} ({in_all / exact:.0%})"
+            f"together, {error.missed} of {objects} objects missed and {error.extra} box{plural} too many among them, "
+            f"cost {in_all:.3f} ({in_all / exact:.0%})"
         )
         if self.is_good_enough:
             return f"Good enough: {where}."

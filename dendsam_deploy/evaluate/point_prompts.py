@@ -11,7 +11,7 @@ from scipy import ndimage
 from dendsam_deploy.geometry import LOGIT_STRIDE_PX
 from dendsam_deploy.instances import Masks
 from dendsam_deploy.pipeline.infer import infer, on_host
-from dendsam_deploy.pipeline.upsample import upsample_mask
+from dendsam_deploy.pipeline.upsample import upsample_masks
 from dendsam_deploy.runtimes.runner import keeps_tensors, share_memory
 
 if TYPE_CHECKING:
@@ -210,7 +210,11 @@ def mask_of(masks: Masks, index: int, plan: TilePlan, mask_logit: float) -> NDAr
     """Return one mask on the pixels of the whole slice."""
     height, width = plan.frame.slice_hw
     whole = np.zeros((height, width), bool)
-    patch = upsample_mask(masks, index, plan, mask_logit)
+    one = slice(index, index + 1)  # by itself: all masks would be looked at for each
+    alone = Masks(
+        masks.logits[one], masks.origins_yx[one], masks.tile_index[one], masks.predicted_iou[one], masks.box_index[one]
+    )
+    (patch,) = upsample_masks(alone, plan, mask_logit)
     whole[patch.window.slices] = patch.logits > mask_logit
     return whole
 

@@ -69,6 +69,8 @@ VOLUME_COMMANDS = {
     "segment --boxes": ["segment", "RAW", "-b", "BUNDLE", "-o", "OUT", "--boxes", "BAD"],
     "evaluate, labels": ["evaluate", "BAD", "LABELS"],
     "evaluate, truth": ["evaluate", "LABELS", "BAD"],
+    "compare, volume": ["compare", "BAD", "LABELS", "-b", "BUNDLE"],
+    "compare, truth": ["compare", "RAW", "BAD", "-b", "BUNDLE"],
     "finetune sam": ["finetune", "sam", "BAD", "LABELS", "-o", "OUT", "--start", "SAM"],
     "finetune sam, labels": ["finetune", "sam", "RAW", "BAD", "-o", "OUT", "--start", "SAM"],
     "finetune detector": ["finetune", "detector", "BAD", "LABELS", "-o", "OUT", "--start", "YOLO"],
