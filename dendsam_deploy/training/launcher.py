@@ -49,6 +49,9 @@ class Team(Protocol):
         is left without.
         """
 
+    def mean(self, values: tuple[float, float]) -> tuple[float, float]:
+        """Return the means of two numbers over all processes."""
+
     def agree(self, value: Value) -> Value:
         """Return the value of the first process."""
 
@@ -60,6 +63,10 @@ class Alone:
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """See `Team`."""
+
+    def mean(self, values: tuple[float, float]) -> tuple[float, float]:
+        """See `Team`."""
+        return values
 
     def agree(self, value: Value) -> Value:
         """See `Team`."""
@@ -93,6 +100,12 @@ class FabricTeam:
         mean = self._fabric.all_reduce(flat, reduce_op="mean")
         for parameter, part in zip(shared, mean.split([p.numel() for p in shared]), strict=True):
             parameter.grad = part.view_as(parameter).clone()
+
+    def mean(self, values: tuple[float, float]) -> tuple[float, float]:
+        """See `Team`."""
+        device = self._fabric.device
+        first, second = self._fabric.all_reduce(torch.tensor(values, device=device), reduce_op="mean").tolist()
+        return first, second
 
     def agree(self, value: Value) -> Value:
         """See `Team`."""

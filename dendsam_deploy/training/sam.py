@@ -256,7 +256,7 @@ class SamTrainer:
         self.scaler.update()
         self.average.update(self.sam)
         losses, ious = zip(*learnt, strict=True)
-        return sum(losses) / len(losses), sum(ious) / len(ious)
+        return self.team.mean((sum(losses) / len(losses), sum(ious) / len(ious)))
 
     def _learn(self, batch: Batch, rng: np.random.Generator) -> tuple[float, float]:
         """Add the gradient of a batch, a share of the step's; return the loss and the mean IoU."""

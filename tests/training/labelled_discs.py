@@ -1,4 +1,4 @@
-"""A labelled volume that is written in a moment: bright discs on dark ground."""
+"""A labelled volume that is written in a moment, bright discs on dark ground; work for other processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import tifffile
+
+from dendsam_deploy.errors import VolumeError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,3 +22,8 @@ def write_discs(folder: Path) -> None:
     raw = np.where(labels > 0, 200, 60) + np.random.default_rng(0).normal(0, 8, labels.shape)
     tifffile.imwrite(folder / "raw.tif", raw.astype(np.uint8))
     tifffile.imwrite(folder / "labels.tif", labels)
+
+
+def failing_work(team, progress, place):
+    """Fail as a training fails whose volume cannot be used."""
+    raise VolumeError(f"{place}: found by process {team.rank} of {team.size}")

@@ -62,7 +62,7 @@ class Interruption:
         self.steps_left = step
 
     def __call__(self, progress) -> None:
-        self.steps_left -= 1
+        self.steps_left -= progress.stage == "train"
         if self.steps_left == 0:
             raise KeyboardInterrupt
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
-import tifffile
 import torch
-from labelled_discs import write_discs
+from labelled_discs import failing_work, write_discs
 
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError, VolumeError
 from dendsam_deploy.models.weights import load_sam
+from dendsam_deploy.progress import no_progress
 from dendsam_deploy.training.finetune import finetune_sam
+from dendsam_deploy.training.launcher import run_in_team
 from dendsam_deploy.training.sam_options import FinetuneSamOptions, SamTrainingOptions
 
 SCHEDULE = SamTrainingOptions(
@@ -34,29 +34,18 @@ def test_two_processes_learn_what_one_learns_from_twice_the_batches(tmp_path):
     together = finetune_sam(*paths, options_of(tmp_path / "two.pt", devices=2, accumulate=1), seen.append)
     assert [row[0] for row in together.history] == [row[0] for row in alone.history] == [0, 2, 3]
     assert {entry.stage for entry in seen} == {"plan", "train"}
+    # The running mean of the loss holds what the weights were behind every step, whichever were the best.
+    first, second = ([row[3] for row in result.history[1:]] for result in (alone, together))
+    assert second == pytest.approx(first, rel=1e-4)
     first, second = (load_sam(tmp_path / name).sam.state_dict() for name in ("one.pt", "two.pt"))
-    start = load_sam_at_start(tmp_path)
-    moved = [name for name in first if not torch.equal(first[name], start[name])]
-    assert len(moved) > 100
     for name in first:
         torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-4)
     assert together.held_out_iou == pytest.approx(alone.held_out_iou, abs=0.02)
-    assert together.plan["tiles_per_step"] == 1
 
 
-def load_sam_at_start(tmp_path):
-    """Return the weights that a training without a step writes: nothing is better than the beginning."""
-    options = options_of(tmp_path / "none.pt", learning_rate=1e-12, steps=1)
-    finetune_sam(tmp_path / "raw.tif", tmp_path / "labels.tif", options)
-    return load_sam(tmp_path / "none.pt").sam.state_dict()
-
-
-@pytest.mark.slow
-def test_what_goes_wrong_in_a_process_is_told_as_if_there_were_one(tmp_path):
-    write_discs(tmp_path)
-    tifffile.imwrite(tmp_path / "empty.tif", np.zeros((8, 72, 80), np.uint16))
-    with pytest.raises(VolumeError, match="no object"):
-        finetune_sam(tmp_path / "raw.tif", tmp_path / "empty.tif", options_of(tmp_path / "sam.pt", devices=2))
+def test_what_goes_wrong_in_a_process_is_told_as_if_there_were_none():
+    with pytest.raises(VolumeError, match=r"^raw\.tif: found by process 0 of 1$"):
+        run_in_team(failing_work, ("raw.tif",), SCHEDULE, no_progress)
 
 
 def test_devices_that_are_not_there(tmp_path):

@@ -18,14 +18,14 @@ from dendsam_deploy.models.weights import load_sam
 from dendsam_deploy.training.finetune import finetune_sam
 from dendsam_deploy.training.sam_options import FinetuneSamOptions, SamTrainingOptions
 
-STEPS, JUDGE_STEPS = 12, 2
+STEPS, JUDGE_STEPS = 8, 2
 
 
 def arguments(folder, out):
     """Return a command whose state is as manifold as it can be: adapters, a plateau, points, boxes and masks."""
     words = ["finetune", "sam", folder / "raw.tif", folder / "labels.tif", "-o", out, "--from-scratch"]
     words += ["--image-size", 64, "--gap", 1, "--zoom", 1, "--steps", STEPS, "--judge-steps", JUDGE_STEPS]
-    words += ["--protocol", "published", "--train", "lora", "--objects", 2, "--learning-rate", 1e-3, "--seed", 5]
+    words += ["--protocol", "published", "--train", "lora", "--objects", 1, "--learning-rate", 1e-3, "--seed", 5]
     return [str(word) for word in words]
 
 
@@ -37,7 +37,7 @@ def finished(folder, out):
         judge_steps=JUDGE_STEPS,
         protocol="published",
         train="lora",
-        objects_per_tile=2,
+        objects_per_tile=1,
         learning_rate=1e-3,
         seed=5,
     )
@@ -71,7 +71,7 @@ def test_a_killed_training_ends_as_one_that_was_left_alone(tmp_path):
     write_discs(tmp_path)
     whole, broken = tmp_path / "whole.pt", tmp_path / "broken.pt"
     expected = finished(tmp_path, whole)
-    judgement = random.Random().randint(1, 4)
+    judgement = random.Random().randint(1, 3)
     kill_at(tmp_path, broken, judgement)
     assert not broken.exists()
     assert (tmp_path / ".broken.pt.resume").is_file()

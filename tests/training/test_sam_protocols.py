@@ -247,4 +247,4 @@ def test_on_a_gpu(start, protocol, precision):
 
 def test_alone_nothing_is_shared():
     team = Alone()
-    assert (team.rank, team.size, team.agree("x")) == (0, 1, "x")
+    assert (team.rank, team.size, team.agree("x"), team.mean((1.0, 2.0))) == (0, 1, "x", (1.0, 2.0))
