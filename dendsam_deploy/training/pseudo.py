@@ -99,7 +99,7 @@ def _open(folder: Path, weight: float, true: TrueLabels, stack: ExitStack) -> Tr
         raise InvalidArgumentError(
             f"{folder}: none of its slices with masks ({slices_text(sorted(record.kept_masks)) or 'none at all'}) may "
             f"teach: {len(near & set(record.kept_masks))} lie within {true.gap} of held-out slices and "
-            f"{len(labelled)} have true labels; make pseudo-labels of other slices"
+            f"{len(labelled)} have true labels; make pseudo-labels of others, or train on fewer true slices"
         )
     volume = LabelledVolume(image, labels, slices)
     recipe, pixel_size_nm = _scale(volume, image, same or true.sources, is_same=bool(same))
