@@ -19,16 +19,18 @@ _DATA = (
     r"numpy(\._?core)?\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray)|numpy\.dtypes\.\w+DType",
     r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path",
 )
-# Layers, whose names of v8.0 had fewer parts, and losses that a training leaves at them. Functions are in lower case.
+# Layers, whose names of v8.0 had fewer parts, and losses that a training leaves at them. Functions are in lower case;
+# some classes begin with the version that brought them.
+_CLASS = r"(v\d+)?[A-Z]\w*"
 _LAYER = (
-    r"(torch\.nn\.modules|ultralytics\.nn\.modules)(\.\w+)*\.[A-Z]\w*|ultralytics\.nn\.tasks\.[A-Z]\w*"
-    r"|ultralytics\.(yolo\.)?(utils\.(loss|tal)|v8\.\w+\.\w+)\.[A-Z]\w*"
+    rf"(torch\.nn\.modules|ultralytics\.nn\.modules)(\.\w+)*\.{_CLASS}|ultralytics\.nn\.tasks\.{_CLASS}"
+    rf"|ultralytics\.(yolo\.)?(utils\.(loss|tal)|v8\.\w+\.\w+)\.{_CLASS}"
 )
 _LEFT_BEHIND = r"ultralytics\.(yolo\.)?utils\.IterableSimpleNamespace"
 _FORWARD = rf"({_LAYER})(\(\))?\.forward(_fuse)?"
 
 _MENTIONED = re.compile("|".join((*_DATA, _LAYER, _LEFT_BEHIND, _FORWARD, r"builtins\.getattr")))
-_CALLED = re.compile("|".join((*_DATA, r"builtins\.getattr")))
+_CALLED = re.compile("|".join((*_DATA, _LEFT_BEHIND, r"builtins\.getattr")))
 
 
 def check_detector_names(path: Path, pickled: Unpickled) -> None:

@@ -6,6 +6,7 @@ it was made to be opened by somebody.
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ _HARMLESS = frozenset(
     {
         *(f"builtins.{name}" for name in ("set", "frozenset", "list", "dict", "tuple", "slice", "range", "object")),
         *(f"builtins.{name}" for name in ("int", "float", "complex", "bool", "str", "bytes", "bytearray", "iter")),
+        *(f"builtins.{name}" for name in ("abs", "all", "any", "len", "max", "min", "pow", "round", "sorted", "sum")),
         "builtins.getattr",  # of an object that is itself harmless: what it looks up is a name of its own
         *(f"collections.{name}" for name in ("OrderedDict", "defaultdict", "Counter", "deque")),
         *(f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
@@ -32,7 +34,10 @@ _HARMLESS = frozenset(
         *("uuid.UUID", "time.struct_time"),
     }
 )
+_HARMLESS_MODULES = ("math.", "numbers.", "typing.")
 _SYSTEM_MODULES = frozenset({"posix", "nt", "commands"})  # each is in the list of its own system or version only
+
+_INTERNAL = re.compile("__.+__")  # by which one gets from any object to any other
 
 # Of other packages, what opens files of code, fetches, installs or runs.
 _RUNS_CODE = (
@@ -79,8 +84,9 @@ def dangerous_names(names: Iterable[str]) -> list[str]:
     found = []
     for name in names:
         is_foreign_code = any(name == known or name.startswith(f"{known}.") for known in _RUNS_CODE)
-        is_standard = name.partition(".")[0] in modules and name not in _HARMLESS
-        is_internal = any(part.startswith("__") and part != "__main__" for part in name.split("."))
+        is_harmless = name in _HARMLESS or name.startswith(_HARMLESS_MODULES)
+        is_standard = name.partition(".")[0] in modules and not is_harmless
+        is_internal = any(_INTERNAL.fullmatch(part) and part != "__main__" for part in name.split("."))
         if is_foreign_code or is_standard or is_internal:
             found.append(name)
     return sorted(found)

@@ -160,7 +160,7 @@ class TestAdapters:
 
     @pytest.mark.parametrize("form", ["added", "widened", None])
     def test_the_deployable_graph_equals_the_adapted_model(self, form, tmp_path):
-        """From the file of adapters to the graph, against SAM's own preprocessing and the encoder that still has them."""
+        """From the file of adapters to the graph, against SAM's own preprocessing and the adapted encoder."""
         adapted = adapt(random_sam(), range(8), "qkv", 4, with_mlp=True)
         loaded = load_sam(saved(adapted.state_dict(), tmp_path))
         graph = ImageEncoderGraph(loaded.sam) if form is None else PlainEncoder(loaded.sam, form)

@@ -18,6 +18,7 @@ from dendsam_deploy.models.detector import (
     load_detector,
     save_detector,
 )
+from dendsam_deploy.models.detector_file import read_detector_file
 from dendsam_deploy.models.detector_graph import DetectorGraph, candidate_count
 from dendsam_deploy.models.pickled_names import pickled_names
 
@@ -208,6 +209,31 @@ def test_a_hostile_checkpoint_never_runs(kind, tmp_path):
     with pytest.raises(UnsafeFileError, match="refused"):
         load_detector(file)
     assert not canary.exists()
+
+
+def test_what_trainings_leave_in_a_checkpoint(tmp_path):
+    """A loss, an optimiser's state, a path, scores as NumPy has them, and the settings as a namespace."""
+    from ultralytics.utils import IterableSimpleNamespace  # noqa: PLC0415 - after detector.py prepared its environment
+
+    network = load_detector(Path("yolo11n.yaml"), seed=4).network
+    network.args = IterableSimpleNamespace(box=7.5, cls=0.5, dfl=1.5, imgsz=96, epochs=3)
+    network.criterion = network.init_criterion()
+    content = {
+        "epoch": 1,
+        "best_fitness": np.float64(0.5),
+        "model": None,
+        "ema": network,
+        "optimizer": torch.optim.AdamW(network.parameters()).state_dict(),
+        "train_args": network.args,
+        "save_dir": Path("a/b"),
+        "train_metrics": {"fitness": np.float32(0.1)},
+    }
+    torch.save(content, tmp_path / "last.pt")
+    assert any(name.startswith("ultralytics.utils.loss.") for name in pickled_names(tmp_path / "last.pt"))
+    loaded = load_detector(tmp_path / "last.pt")
+    assert loaded.image_size_px == 96
+    assert all(torch.equal(value, network.state_dict()[key]) for key, value in loaded.network.state_dict().items())
+    assert read_detector_file(tmp_path / "last.pt").epoch == 1
 
 
 def test_a_hostile_description_in_a_checkpoint_never_runs(tmp_path):

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import contextlib
+import datetime
+import decimal
+import functools
 import io
 import os
 import pickle
+import random
+import re
 import struct
 import subprocess
 import sys
 import time
+import types
+import uuid
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -66,7 +76,7 @@ def hostile(canary):
         "hub": b"\x80\x02ctorch.hub\nload\nX\x01\x00\x00\x00a\x85R.",
         "numpy": b"\x80\x02cnumpy.testing._private.utils\nrunstring\nX\x01\x00\x00\x00a}\x86R.",
         "extension": b"\x80\x02\x82\x01)R.",
-        "within": b"\x80\x02c__builtin__\ngetattr\nccollections\nOrderedDict\nX\x0c\x00\x00\x00__subclasses\x86R.",
+        "within": b"\x80\x02c__builtin__\ngetattr\nccollections\nOrderedDict\nX\x0e\x00\x00\x00__subclasses__\x86R.",
     }  # fmt: skip
 
 
@@ -139,6 +149,32 @@ def test_objects_of_unknown_packages_are_inert(tmp_path):
     finally:
         sys.path.remove(str(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_trainings_leave_behind_is_no_reason_to_refuse(tmp_path):
+    """Objects of the standard library and NumPy that only hold values, of every kind that pickles to a call."""
+    left = [
+        *(Path("a"), datetime.datetime(2025, 1, 2), collections.deque([1]), collections.defaultdict(list, a=[1])),
+        *(argparse.Namespace(lr=1e-4), types.SimpleNamespace(a=1), random.Random(1), uuid.UUID(int=5)),
+        *(np.random.RandomState(1), np.random.default_rng(1), np.arange(4), np.float32(0.5), np.dtype("f4")),
+        *(
+            functools.partial(max, 1),
+            slice(1, 2),
+            range(3),
+            {1, 2},
+            frozenset({3}),
+            1 + 2j,
+            bytearray(b"a"),
+            re.compile("a"),
+        ),
+        *(torch.device("cpu"), torch.Size([1]), torch.float16, torch.nn.Linear(2, 2), decimal.Decimal("1.5")),
+        torch.Generator().get_state(),
+    ]
+    for protocol in (2, 4):
+        torch.save(
+            {"model_state": random_sam().state_dict(), "init": left}, tmp_path / "left.pt", pickle_protocol=protocol
+        )
+        assert load_sam(tmp_path / "left.pt").layout == "training"
 
 
 class TestTheMachine:
@@ -331,6 +367,10 @@ def test_what_is_dangerous():
         "pathlib.PosixPath",
         "torch_em.data.Dataset",
         "numpy.dtype",
+        "__main__.Trainer",
+        "numpy.random._pickle.__randomstate_ctor",
+        "typing.Any",
+        "builtins.max",
         "functools.partial",
     }
     assert dangerous_names(harmless) == []
