@@ -167,6 +167,15 @@ class SizeClasses:
 
 
 @dataclass(frozen=True, slots=True)
+class AccuracyCurve:
+    """S(t) = TP / (TP + FP + FN) at every IoU threshold t: means over slices, and of the objects of the volume."""
+
+    thresholds: tuple[float, ...]
+    slices: tuple[float, ...]
+    volume: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SkeletonScores:
     """Expected run length, in micrometres, and how many skeletons and nodes lie in the slices that were scored."""
 
@@ -202,6 +211,8 @@ class ScoreReport:
         How sure the scores are.
     size_classes : SizeClasses
         Scores by size.
+    accuracy : AccuracyCurve
+        Scores by how much overlap is asked for.
     skeletons : SkeletonScores or None
         Expected run length, where skeletons were given.
     voxel_size_nm : (float, float, float) or None
@@ -219,6 +230,7 @@ class ScoreReport:
     segments_left_out: int = 0
     intervals: Intervals = NO_INTERVALS
     size_classes: SizeClasses = field(default_factory=lambda: SizeClasses((), ()))
+    accuracy: AccuracyCurve = field(default_factory=lambda: AccuracyCurve((), (), ()))
     skeletons: SkeletonScores | None = None
     voxel_size_nm: tuple[float, float, float] | None = None
 
@@ -239,6 +251,7 @@ class ScoreReport:
             },
             "slices": asdict(self.slices),
             "intervals": intervals_document(self.intervals),
+            "accuracy": {name: list(values) for name, values in asdict(self.accuracy).items()},
             "size_classes": {
                 "slices": [size_class_document(row, self.voxel_size_nm, 2) for row in self.size_classes.slices],
                 "volume": [size_class_document(row, self.voxel_size_nm, 3) for row in self.size_classes.volume],

@@ -11,6 +11,7 @@ import numpy as np
 from dendsam_deploy.errors import InvalidArgumentError, VolumeError
 from dendsam_deploy.evaluate.score_intervals import VolumeBlocks, resampled_intervals
 from dendsam_deploy.evaluate.score_report import (
+    AccuracyCurve,
     EvaluateOptions,
     ObjectRow,
     ScoreReport,
@@ -22,7 +23,7 @@ from dendsam_deploy.evaluate.segmentation import find_segmentation
 from dendsam_deploy.evaluate.walked_skeletons import SkeletonWalk
 from dendsam_deploy.metrics.contingency import ContingencyTable
 from dendsam_deploy.metrics.overlaps import ObjectOverlaps
-from dendsam_deploy.metrics.size_classes import ObjectMatches, score_size_classes, tercile_limits
+from dendsam_deploy.metrics.size_classes import ACCURACY_THRESHOLDS, ObjectMatches, score_size_classes, tercile_limits
 from dendsam_deploy.metrics.summary import ObjectScores, score_objects, score_partition
 from dendsam_deploy.pipeline.journal import RUN_FILE
 from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
@@ -152,9 +153,11 @@ class ScoreTally:
     def report(self, labels: str, truth: str) -> ScoreReport:
         """Put everything together; at least one slice was scored."""
         options, blocks = self._options, self._blocks.tables()
+        profiles = ObjectMatches.pooled(self._profiles)
         everything = ContingencyTable.total(blocks)
         total = everything.without_unannotated() if options.sparse_truth else everything
         overlaps = ObjectOverlaps.from_table(total)
+        objects = profiles if options.as_2d else ObjectMatches.from_overlaps(overlaps)
         counts = len(overlaps.truth_ids), len(overlaps.segment_ids)
         return ScoreReport(
             labels=labels,
@@ -168,8 +171,12 @@ class ScoreTally:
             segments_left_out=len(np.setdiff1d(everything.segment, total.segment)),
             intervals=resampled_intervals([row.scores for row in self.per_slice], blocks, options),
             size_classes=SizeClasses(
-                _by_size(ObjectMatches.pooled(self._profiles), options.size_limits_px),
-                () if options.as_2d else _by_size(ObjectMatches.from_overlaps(overlaps), ()),
+                _by_size(profiles, options.size_limits_px), () if options.as_2d else _by_size(objects, ())
+            ),
+            accuracy=AccuracyCurve(
+                ACCURACY_THRESHOLDS,
+                tuple(np.mean([each.accuracy() for each in self._profiles], axis=0).tolist()),
+                tuple(objects.accuracy().tolist()),
             ),
         )
 

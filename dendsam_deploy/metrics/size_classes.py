@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.metrics.overlaps import ObjectOverlaps
 
-_THRESHOLDS = tuple(sorted({*S_INST_THRESHOLDS, *MSA_THRESHOLDS}))
+ACCURACY_THRESHOLDS = tuple(sorted({*S_INST_THRESHOLDS, *MSA_THRESHOLDS}))
+"""IoU .10, .15, ... .95."""
+
 _PANOPTIC_IOU = 0.5
 
 
@@ -45,12 +47,20 @@ class ObjectMatches:
         """Match objects at every threshold."""
         truth_found = np.zeros(len(overlaps.truth_ids), np.int64)
         segment_found = np.zeros(len(overlaps.segment_ids), np.int64)
-        for bit, threshold in enumerate(_THRESHOLDS):
+        for bit, threshold in enumerate(ACCURACY_THRESHOLDS):
             matched = match_objects(overlaps, threshold)
             truth_found[overlaps.pair_truth[matched]] |= 1 << bit
             segment_found[overlaps.pair_segment[matched]] |= 1 << bit
         _, best = overlaps.best_segments()
         return cls(overlaps.truth_voxels, overlaps.segment_voxels, truth_found, segment_found, best)
+
+    def accuracy(self) -> NDArray[np.float64]:
+        """Return S(t) = TP / (TP + FP + FN) at each of `ACCURACY_THRESHOLDS`; 1 where neither side has an object."""
+        bits = np.arange(len(ACCURACY_THRESHOLDS))
+        hits = np.count_nonzero(self.truth_found[:, None] >> bits & 1, axis=0)
+        objects = len(self.truth_sizes) + len(self.segment_sizes) - hits
+        accuracy: NDArray[np.float64] = np.divide(hits, objects, out=np.ones(len(bits)), where=objects > 0)
+        return accuracy
 
     @classmethod
     def pooled(cls, several: Iterable[ObjectMatches]) -> ObjectMatches:
@@ -136,12 +146,12 @@ def _score_class(
     found, extra = matches.truth_found[of_truth], matches.segment_found[of_segments]
     best = matches.best_iou[of_truth]
     accuracy = {}
-    for bit, threshold in enumerate(_THRESHOLDS):
+    for bit, threshold in enumerate(ACCURACY_THRESHOLDS):
         hits = int(np.count_nonzero(found >> bit & 1))
         objects = len(found) + int(np.count_nonzero(~extra >> bit & 1))
         accuracy[threshold] = hits / objects if objects else 1.0
     is_found = best > _PANOPTIC_IOU  # such pairs are one to one by nature
-    half = _THRESHOLDS.index(_PANOPTIC_IOU)
+    half = ACCURACY_THRESHOLDS.index(_PANOPTIC_IOU)
     false = int(np.count_nonzero(~extra >> half & 1))
     hits = int(np.count_nonzero(is_found))
     is_empty = not len(found) and not false

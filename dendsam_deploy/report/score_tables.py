@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def write_score_tables(folder: Path, report: ScoreReport) -> tuple[Path, ...]:
-    """Write ``scores.csv``, ``per_slice.csv``, ``per_object.csv`` and ``size_classes.csv`` into a folder.
+    """Write scores, slices, objects, accuracy by threshold and size classes, a CSV file each, into a folder.
 
     Parameters
     ----------
@@ -46,6 +46,12 @@ def write_score_tables(folder: Path, report: ScoreReport) -> tuple[Path, ...]:
             for row in report.per_slice
         ],
         "per_object.csv": [asdict(row) for row in report.per_object],
+        "accuracy.csv": [
+            {"iou_threshold": threshold, "volume": volume, "slices": slices}
+            for threshold, volume, slices in zip(
+                report.accuracy.thresholds, report.accuracy.volume, report.accuracy.slices, strict=True
+            )
+        ],
         "size_classes.csv": [
             {"of": name, **size_class_document(row, report.voxel_size_nm, axes)}
             for name, rows, axes in (

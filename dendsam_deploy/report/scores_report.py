@@ -11,6 +11,7 @@ import numpy as np
 from dendsam_deploy.durable import published
 from dendsam_deploy.evaluate.score_report import size_class_document, skeleton_document
 from dendsam_deploy.report.figures import Series, chart_along_z, fraction_histogram
+from dendsam_deploy.report.figures_estimates import Estimate, estimate_curves
 from dendsam_deploy.report.page import count_text, render_page
 from dendsam_deploy.report.worst_objects import SEGMENT_COLOUR, TRUTH_COLOUR
 
@@ -162,6 +163,13 @@ def _charts(report: ScoreReport) -> dict[str, str]:
     if report.per_object:
         best = np.array([row.iou for row in report.per_object])
         charts["iou"] = fraction_histogram(best, "IoU of an object of the truth with its best segment")
+    if report.accuracy.thresholds:
+        sides = {"volume": report.accuracy.volume, "slices": report.accuracy.slices}
+        curves = {
+            name: {t: Estimate(s, s, s) for t, s in zip(report.accuracy.thresholds, values, strict=True)}
+            for name, values in sides.items()
+        }
+        charts["accuracy"] = estimate_curves(curves, "IoU threshold t", "S(t)", {})
     if len(report.per_slice) == 1:
         return charts
     z = np.array([row.z for row in report.per_slice], np.int64)

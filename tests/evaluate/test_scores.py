@@ -239,6 +239,20 @@ def test_a_missing_file_is_named(tmp_path):
         evaluate_labels(tmp_path / "labels.tif", tmp_path / "truth.tif")
 
 
+@pytest.mark.parametrize("as_2d", [False, True])
+def test_accuracy_at_every_threshold_has_the_means_that_are_reported(as_2d):
+    report = score(blocks(1), blocks(2), as_2d=as_2d)
+    curve = report.accuracy
+    assert curve.thresholds == tuple(step / 20 for step in range(2, 20))
+    for values, scores in ((curve.slices, report.slices), (curve.volume, report.volume.objects)):
+        assert np.mean(values[:17]) == pytest.approx(scores.s_inst)  # .10 to .90
+        assert np.mean(values[8:]) == pytest.approx(scores.msa)  # .50 to .95
+        assert values[8] == pytest.approx(scores.sa50)
+        assert values[13] == pytest.approx(scores.sa75)
+        assert list(values) == sorted(values, reverse=True)
+    assert report.to_document()["accuracy"]["volume"] == list(curve.volume)
+
+
 def test_intervals_hold_the_scores_and_depend_on_the_seed_alone():
     labels, truth = blocks(1), blocks(2)
     labels[:3] = truth[:3]

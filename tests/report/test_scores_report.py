@@ -100,16 +100,21 @@ def test_a_volume_of_another_shape_is_refused(volumes, tmp_path):
         draw_worst_objects(evaluate_labels(labels, truth), tmp_path / "other.tif", truth, labels)
 
 
+TABLES = ("scores.csv", "per_slice.csv", "per_object.csv", "accuracy.csv", "size_classes.csv")
+
+
 def test_tables_hold_the_numbers_of_the_report(volumes, tmp_path):
     report = evaluate_labels(*volumes)
     files = write_score_tables(tmp_path / "tables", report)
-    assert [path.name for path in files] == ["scores.csv", "per_slice.csv", "per_object.csv", "size_classes.csv"]
-    scores, slices, objects, classes = (list(csv.DictReader(path.read_text().splitlines())) for path in files)
+    assert [path.name for path in files] == list(TABLES)
+    scores, slices, objects, accuracy, classes = (list(csv.DictReader(path.read_text().splitlines())) for path in files)
     pq = next(row for row in scores if row["score"] == "pq")
     assert float(pq["volume"]) == report.volume.objects.pq
     assert (float(pq["slices_low"]), float(pq["slices_high"])) == report.intervals.slices["pq"]
     assert next(row for row in scores if row["score"] == "vi_split")["slices"] == ""
     assert [int(row["z"]) for row in slices] == [0, 1, 2]
+    assert [float(row["iou_threshold"]) for row in accuracy] == [step / 20 for step in range(2, 20)]
+    assert float(accuracy[8]["slices"]) == pytest.approx(report.slices.sa50)
     assert [float(row["iou"]) for row in objects] == [row.iou for row in report.per_object]
     assert {row["of"] for row in classes} == {"slices", "volume"}
 
