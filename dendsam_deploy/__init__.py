@@ -30,10 +30,13 @@ if TYPE_CHECKING:
     from dendsam_deploy.errors import StorageError as StorageError
     from dendsam_deploy.errors import UnsafeFileError as UnsafeFileError
     from dendsam_deploy.errors import VolumeError as VolumeError
+    from dendsam_deploy.evaluate.comparison_report import Comparison as Comparison
+    from dendsam_deploy.evaluate.labelled_slices import CompareOptions as CompareOptions
     from dendsam_deploy.evaluate.latency import benchmark_bundle as benchmark_bundle
     from dendsam_deploy.evaluate.latency_plan import BenchmarkOptions as BenchmarkOptions
     from dendsam_deploy.evaluate.parity import VerifyOptions as VerifyOptions
     from dendsam_deploy.evaluate.parity import verify_bundle as verify_bundle
+    from dendsam_deploy.evaluate.prompt_comparison import compare_prompts as compare_prompts
     from dendsam_deploy.evaluate.pseudo_labels import PseudoLabels as PseudoLabels
     from dendsam_deploy.evaluate.pseudo_labels import pseudo_label_volume as pseudo_label_volume
     from dendsam_deploy.evaluate.pseudo_options import PseudoLabelOptions as PseudoLabelOptions
@@ -74,6 +77,8 @@ _HOMES = {
     "Bundle": "bundle.bundle",
     "BundleError": "errors",
     "CheckpointError": "errors",
+    "CompareOptions": "evaluate.labelled_slices",
+    "Comparison": "evaluate.comparison_report",
     "DendsamError": "errors",
     "DetectorSchedule": "training.options",
     "DetectorTrainingOptions": "training.options",
@@ -106,6 +111,7 @@ _HOMES = {
     "VerifyOptions": "evaluate.parity",
     "VolumeError": "errors",
     "benchmark_bundle": "evaluate.latency",
+    "compare_prompts": "evaluate.prompt_comparison",
     "evaluate_labels": "evaluate.scores",
     "export_bundle": "export.bundle",
     "finetune_detector": "training.detector",

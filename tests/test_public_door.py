@@ -25,7 +25,7 @@ DOOR = {
     "open_session", "SessionOptions", "Session",
     # results
     "segment_volume", "SegmentOptions", "SegmentResult", "report_from_run",
-    "evaluate_labels", "EvaluateOptions", "ScoreReport",
+    "evaluate_labels", "EvaluateOptions", "ScoreReport", "compare_prompts", "CompareOptions", "Comparison",
     "pseudo_label_volume", "PseudoLabelOptions", "PseudoLabels", "run_rounds", "RoundsOptions", "RoundsResult",
     # what happens on the way
     "Progress", "DendsamError", "InvalidArgumentError", "MissingCapabilityError", "InputFileError", "VolumeError",
