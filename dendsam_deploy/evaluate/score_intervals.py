@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 MOST_BLOCKS = 64
 """Blocks of neighbouring slices that a volume is resampled by: memory and time do not grow with its depth."""
 
-_POOLED_RESAMPLES = 200
-"""Scores of a volume cost as much as all of its slices together."""
+_POOLED_RESAMPLES, _LEAST_DRAWS, _POOLED_ROWS = 200, 50, 20_000_000
+"""Draws of pooled objects, which cost as much as all slices together: 200, fewer where there are millions of rows."""
 
 _UNBOUNDED = frozenset({"vi_split", "vi_merge"})
 """Scores that can be above 1."""
@@ -104,12 +104,13 @@ def resampled_intervals(
 
 def _drawn_objects(blocks: Sequence[ContingencyTable], options: EvaluateOptions) -> dict[str, Bounds]:
     """Return intervals where labels hold for one slice only: a slice that is drawn twice brings its objects twice."""
-    draws = min(options.resamples, _POOLED_RESAMPLES)
-    rows = [
+    rows = sum(map(len, blocks))
+    draws = min(options.resamples, max(_LEAST_DRAWS, min(_POOLED_RESAMPLES, _POOLED_ROWS // max(rows, 1))))
+    found = [
         _scores(_repeated_objects(blocks, weights), options)
         for weights in bootstrap_weights(len(blocks), draws, options.seed)
     ]
-    return _named(list(rows[0]), percentile_interval(_matrix(rows)))
+    return _named(list(found[0]), percentile_interval(_matrix(found)))
 
 
 def _without_each(blocks: Sequence[ContingencyTable], options: EvaluateOptions) -> dict[str, Bounds]:
@@ -141,12 +142,15 @@ class _Weighted:
 
     def __init__(self, blocks: Sequence[ContingencyTable]) -> None:
         self._all = ContingencyTable.total(blocks)
-        keys = np.stack([self._all.truth, self._all.segment])
-        known = {key: place for place, key in enumerate(zip(*keys.tolist(), strict=True))}
-        self._places = [
-            np.array([known[key] for key in zip(b.truth.tolist(), b.segment.tolist(), strict=True)], np.intp)
-            for b in blocks
-        ]
+        truth, segment = np.unique(self._all.truth), np.unique(self._all.segment)
+
+        def keys(table: ContingencyTable) -> NDArray[np.int64]:
+            """Return one number for each combination, which ascends as the rows of tables do."""
+            rows = np.searchsorted(truth, table.truth).astype(np.int64)
+            return rows * len(segment) + np.searchsorted(segment, table.segment)
+
+        everything = keys(self._all)
+        self._places = [np.searchsorted(everything, keys(block)) for block in blocks]
 
     def __call__(self, blocks: Sequence[ContingencyTable], weights: NDArray[np.int64]) -> ContingencyTable:
         """Return the table in which each block counts as often as its weight says."""
