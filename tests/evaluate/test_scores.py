@@ -415,3 +415,17 @@ def test_real_neurites_against_damaged_copies(shared_data, tmp_path):
     assert in_two.volume.partition.vi_merge == 0
     assert in_two.volume.partition.arand_recall < in_two.volume.partition.arand_precision == 1
     assert in_two.slices.pq == 1  # no single slice shows the cut
+
+
+def test_the_jackknife_leaves_each_block_out_once():
+    """Against the definition: the volume scored anew without each slice."""
+    labels, truth = blocks(1), blocks(2)
+    labels[:3] = truth[:3]
+    whole = score(labels, truth)
+    without = [score(np.delete(labels, z, 0), np.delete(truth, z, 0), resamples=0) for z in range(8)]
+    for name in ("s_inst", "dice"):
+        values = [getattr(report.volume.objects, name) for report in without]
+        spread = np.sqrt(7 / 8 * np.square(values - np.mean(values)).sum())
+        reach = 2.364624 * spread  # Student's t with 7 degrees of freedom at .975
+        expected = getattr(whole.volume.objects, name) - reach, getattr(whole.volume.objects, name) + reach
+        assert whole.intervals.volume[name] == pytest.approx(np.clip(expected, 0, 1), rel=1e-5)
