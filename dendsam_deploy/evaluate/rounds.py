@@ -25,7 +25,7 @@ from dendsam_deploy.evaluate.compare_scores import LabelledSlices, SliceScores, 
 from dendsam_deploy.evaluate.pseudo_labels import pseudo_label_volume
 from dendsam_deploy.evaluate.pseudo_options import PseudoLabelOptions
 from dendsam_deploy.evaluate.rounds_options import data_line, plan_roles
-from dendsam_deploy.evaluate.rounds_record import RoundRecord, RoundsResult
+from dendsam_deploy.evaluate.rounds_record import RoundRecord, RoundsResult, rounds_without_gain
 from dendsam_deploy.export.bundle import export_bundle
 from dendsam_deploy.export.options import ExportOptions
 from dendsam_deploy.models.weights import load_sam
@@ -114,17 +114,16 @@ class _Rounds:
         detector = self._detector(progress)
         truth = self._held_out()
         records: list[RoundRecord] = []
-        reason, stalled = "all rounds that were asked for are done", 0
+        reason = "all rounds that were asked for are done"
         for number in range(self.options.rounds + 1):
             record = self._round(number, records, detector, truth, progress)
             if record is None:
                 reason = f"in round {number} no mask was good enough to teach"
                 break
-            best = max((entry.score for entry in records), default=None)
             records.append(record)
             told = f"round {number}: held-out IoU {record.score:.3f} from exact boxes, PQ {record.automatic:.3f}"
             progress(Progress("plan", 0, 1, told))
-            stalled = 0 if best is None or record.score >= best + self.options.least_gain else stalled + 1
+            stalled = rounds_without_gain([entry.score for entry in records], self.options.least_gain)
             if stalled >= self.options.patience:
                 reason = f"the held-out score stalled in round {number}"
                 break

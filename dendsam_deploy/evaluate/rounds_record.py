@@ -13,6 +13,7 @@ from dendsam_deploy.errors import InputFileError
 from dendsam_deploy.evaluate.compare_scores import bootstrap_interval
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 ROUND_FILE = "round.json"
@@ -88,6 +89,27 @@ class RoundRecord:
             return cls(**{**document, "box_iou": tuple(document["box_iou"]), "pq": tuple(document["pq"])})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputFileError(f"{path}: is damaged ({error!r}); delete it to do the round again") from error
+
+
+def rounds_without_gain(scores: Sequence[float], least_gain: float) -> int:
+    """Return how many of the last rounds in a row did not gain enough over the best one before them.
+
+    Parameters
+    ----------
+    scores : sequence of float
+        Held-out score of each round, from round 0, which has nothing to gain over.
+    least_gain : float
+        Gain that counts.
+
+    Examples
+    --------
+    >>> rounds_without_gain([0.60, 0.65, 0.64, 0.651], 0.002)
+    2
+    """
+    stalled = 0
+    for number in range(1, len(scores)):
+        stalled = 0 if scores[number] >= max(scores[:number]) + least_gain else stalled + 1
+    return stalled
 
 
 @dataclass(frozen=True, slots=True)

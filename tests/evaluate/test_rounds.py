@@ -15,7 +15,7 @@ import tifffile
 from dendsam_deploy.errors import IncompleteRunError, InputFileError, InvalidArgumentError, VolumeError
 from dendsam_deploy.evaluate.mask_choice import MaskCriteria
 from dendsam_deploy.evaluate.rounds_options import RoundsOptions, plan_roles
-from dendsam_deploy.evaluate.rounds_record import RoundRecord, RoundsResult
+from dendsam_deploy.evaluate.rounds_record import RoundRecord, RoundsResult, rounds_without_gain
 from dendsam_deploy.report.rounds_report import render_rounds_report
 from dendsam_deploy.training.sam_options import SamTrainingOptions
 from dendsam_deploy.volume.array import ArrayVolume
@@ -132,6 +132,22 @@ class TestVerdict:
         found = result(record(0, (0.6,)), reason="in round 1 no mask was good enough to teach")
         assert found.verdict() == "No round with pseudo-labels was made: in round 1 no mask was good enough to teach."
         render_rounds_report(found)
+
+
+@pytest.mark.parametrize(
+    ("scores", "stalled"),
+    [
+        ([0.6], 0),
+        ([0.6, 0.6], 1),
+        ([0.6, 0.605], 1),
+        ([0.6, 0.61], 0),
+        ([0.6, 0.65, 0.64, 0.655], 2),
+        ([0.6, 0.65, 0.64, 0.66], 0),
+        ([0.6, 0.605, 0.61], 2),
+    ],
+)
+def test_rounds_stall_when_the_best_one_is_not_beaten_by_enough(scores, stalled) -> None:
+    assert rounds_without_gain(scores, 0.01) == stalled
 
 
 def test_records_belong_to_their_settings(tmp_path) -> None:
