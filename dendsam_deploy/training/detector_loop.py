@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from dendsam_deploy.training.logbook import Logbook
     from dendsam_deploy.training.options import DetectorSchedule
 
-_RATE_FROM_SCRATCH, _RATE_FROM_WEIGHTS = 2e-3, 5e-4
+RATE_FROM_SCRATCH, RATE_FROM_WEIGHTS = 2e-3, 5e-4
+"""Peak rates for random weights and for those that were trained before."""
+
 _FEW_EPOCHS = 300  # ultralytics' schedule until it knows how many epochs fit into the time
 _LAST_JUDGEMENT_FRACTION = 0.08  # of the time, until it is known how long a judgement takes
 
@@ -150,7 +152,7 @@ def train_detector(
         return TrainedDetector(plan.first_epoch, watch.has_lost_patience(), resumed=True)
     with _translated(plan), all_threads():
         is_random = plan.from_scratch or not detector.sha256
-        rate = plan.schedule.learning_rate or (_RATE_FROM_SCRATCH if is_random else _RATE_FROM_WEIGHTS)
+        rate = plan.schedule.learning_rate or (RATE_FROM_SCRATCH if is_random else RATE_FROM_WEIGHTS)
         planned = {} if plan.state is None else {"epochs": int(plan.state["epochs"])}
         trainer = new_trainer(_settings(plan) | planned | {"lr0": rate})
         weights = None if plan.from_scratch else detector.network

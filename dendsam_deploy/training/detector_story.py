@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from dendsam_deploy.training.detector_loop import RATE_FROM_SCRATCH, RATE_FROM_WEIGHTS
 from dendsam_deploy.training.story import BoxStory, SizeScores, TrainingStory
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def _settings(course: DetectorCourse) -> dict[str, str]:
     """Write the settings as they are to be read."""
     options, schedule = course.options, course.options.schedule
     start = "random weights" if course.first is None else (options.start.name if options.start else "packaged weights")
+    default_rate = RATE_FROM_SCRATCH if course.first is None else RATE_FROM_WEIGHTS
     lengths = [f"{schedule.minutes:g} minutes"] if schedule.minutes is not None else []
     lengths += [f"{schedule.epochs} epochs"] if schedule.epochs is not None else []
     return {
@@ -130,7 +132,7 @@ def _settings(course: DetectorCourse) -> dict[str, str]:
         "early stop": "never" if schedule.patience is None else f"after {schedule.patience} epochs without improvement",
         "batch": course.batch.describe().removeprefix("batch: "),
         "tiles": f"{schedule.tile_count} random ones, {schedule.epoch_tiles} of them in an epoch",
-        "learning rate": "chosen by the start" if schedule.learning_rate is None else f"{schedule.learning_rate:g}",
+        "learning rate": f"{schedule.learning_rate or default_rate:g} at its peak",
         "augmentation": options.augment,
         "background labels": ", ".join(map(str, options.background_labels)) or "none but 0",
         "gap": f"{options.gap} slices at least",
