@@ -237,10 +237,18 @@ def _curves(history: Sequence[HistoryRow], axis: str, names: Sequence[str]) -> l
     curves = []
     for name in names:
         y = np.array([row.get(name, math.nan) for row in history], np.float64)
-        label = name.replace("held_out_", "held-out ").replace("map50_95", "AP50-95").replace("map50", "AP50")
-        if np.isfinite(y).any() and (name != "learning_rate" or (y[np.isfinite(y)] > 0).any()):
-            curves.append(Curve(label.replace("_", " "), x, np.where(y > 0, y, np.nan) if "rate" in name else y))
+        if name.startswith("learning_rate"):
+            y = np.where(y > 0, y, math.nan)  # its axis is logarithmic
+        if np.isfinite(y).any():
+            curves.append(Curve(_label(name), x, y))
     return curves[:6]
+
+
+def _label(name: str) -> str:
+    """Return the name of a column as it is to be read."""
+    for code, word in (("held_out_", "held-out "), ("map50_95", "AP50-95"), ("map50", "AP50"), ("iou", "IoU")):
+        name = name.replace(code, word)
+    return name.replace("_", " ")
 
 
 def _axis(history: Sequence[HistoryRow]) -> str:

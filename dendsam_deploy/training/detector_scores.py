@@ -199,7 +199,7 @@ def _average_precision(hits: NDArray[np.bool_], objects: int) -> float:
     right = np.cumsum(hits)
     precision = right / np.arange(1, len(hits) + 1)
     best_beyond = np.maximum.accumulate(precision[::-1])[::-1]
-    place = np.searchsorted(right / objects, _RECALL_LEVELS - 1e-9, side="left")
+    place = np.searchsorted(right / objects, _RECALL_LEVELS, side="left")
     reached = place < len(hits)
     return float(best_beyond[place[reached]].sum() / len(_RECALL_LEVELS))
 
