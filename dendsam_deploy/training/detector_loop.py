@@ -154,7 +154,7 @@ def train_detector(
         is_random = plan.from_scratch or not detector.sha256
         rate = plan.schedule.learning_rate or (RATE_FROM_SCRATCH if is_random else RATE_FROM_WEIGHTS)
         planned = {} if plan.state is None else {"epochs": int(plan.state["epochs"])}
-        trainer = new_trainer(_settings(plan) | planned | {"lr0": rate})
+        trainer = new_trainer(training_settings(plan) | planned | {"lr0": rate})
         weights = None if plan.from_scratch else detector.network
         description = copy.deepcopy(detector.network.yaml)  # it is told the new number of classes
         trainer.model = trainer.get_model(cfg=description, weights=weights, verbose=False)
@@ -299,7 +299,7 @@ def _nothing() -> None:
     """Do nothing."""
 
 
-def _settings(plan: LoopPlan) -> dict[str, object]:
+def training_settings(plan: LoopPlan) -> dict[str, object]:
     """Return what ultralytics is told."""
     schedule = plan.schedule
     on_cpu = schedule.device == "cpu"

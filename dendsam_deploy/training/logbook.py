@@ -135,4 +135,7 @@ def _open_board(folder: Path, resume_at: float | None) -> Any:  # noqa: ANN401 -
     # What an interrupted training noted behind the point it goes on from is to be shown no more.
     purge = None if resume_at is None else math.floor(resume_at) + 1
     with storage_errors(folder):
+        if resume_at is None:
+            for events in folder.glob("events.out.tfevents.*"):
+                events.unlink()  # those of an earlier training would be drawn into the same curves
         return SummaryWriter(str(folder), purge_step=purge)

@@ -51,6 +51,11 @@ def test_events_can_be_read_by_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(entry.step, entry.value) for entry in events.Scalars("loss")] == [(4, 2.0), (6, 1.5)]
+    with Logbook(tmp_path, {}, "step") as book:
+        book.add({"step": 5, "loss": 9.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(entry.step, entry.value) for entry in events.Scalars("loss")] == [(5, 9.0)]
 
 
 @pytest.mark.parametrize("text", ["epoch,loss\n1,heavy\n", "epoch,loss\n1,2,3\n", "epoch,loss\n1\n"])
