@@ -55,6 +55,10 @@ RECORD_KEY = "dendsam"
 STATE_KEY = "model_state"
 DECODER_KEY = "decoder_state"
 NORMALISATION = {"pixel_mean": (123.675, 116.28, 103.53), "pixel_std": (58.395, 57.12, 57.375)}
+_OTHER_FAMILIES = {
+    "sam_mask_decoder.": "a SAM 2, whose encoder is another one",
+    "vision_encoder.": "a SAM under the names of Hugging Face's transformers, which has the original file as well",
+}
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 _STATE_KEYS = (STATE_KEY, "state_dict", "model_state_dict", "model", "sam", "ema", "net", "network")
@@ -267,6 +271,9 @@ def _of_sam(tensors: dict[str, StoredTensor], layout: Layout, path: Path) -> dic
         raise CheckpointError(
             f"{path}: holds only a segmentation decoder of micro-sam; give the file of the SAM that it belongs to"
         )
+    for leader, family in _OTHER_FAMILIES.items():
+        if any(key.startswith(leader) for key in tensors):
+            raise CheckpointError(f"{path}: not a SAM checkpoint: it is {family}; expected {', '.join(PARTS)}")
     if len(parts) < len(PARTS) and layout != "unetr":
         present = ", ".join(parts) or f"{next(iter(tensors))} and others"
         raise CheckpointError(f"{path}: not a SAM checkpoint: expected {', '.join(PARTS)}, found {present}")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pooch
 import requests
@@ -157,8 +158,12 @@ def _origin(entry: KnownWeights, options: DownloadOptions) -> Origin:
         )
     checksum = str(files[fitting[0]].get("checksum", ""))
     digest = checksum if ":" in checksum or not checksum else f"md5:{checksum}"
-    licence = (record.get("metadata", {}).get("license") or {}).get("id", entry.licence)
-    return Origin(f"{page}/files/{fitting[0]}?download=1", digest, str(licence))
+    match record.get("metadata"):
+        case {"license": {"id": str(licence)}}:
+            pass
+        case _:
+            licence = entry.licence
+    return Origin(f"{page}/files/{quote(fitting[0])}?download=1", digest, licence)
 
 
 def _pull(target: Path, origin: Origin, noted: str, options: DownloadOptions) -> None:
@@ -202,19 +207,21 @@ class ResumingTransfer:
 
     def __call__(self, url: str, output_file: str, pooch: object, check_only: bool = False) -> None:
         """Bring a file to `output_file`, as pooch asks."""
-        pauses = iter(self.options.pauses_s)
+        failures = 0
         while True:
             before = self._size()
             try:
                 self._transfer(url)
                 break
-            except (requests.RequestException, _BrokenTransferError):
+            except (requests.RequestException, _BrokenTransferError) as error:
                 if self._size() > before:  # it goes on, if slowly
-                    pauses = iter(self.options.pauses_s)
-                pause = next(pauses, None)
-                if pause is None:
+                    failures = 0
+                # Where nobody answers at all, waiting helps little: most likely this machine is offline.
+                is_offline = isinstance(error, requests.ConnectionError) and not self._size()
+                if failures >= (1 if is_offline else len(self.options.pauses_s)):
                     raise
-                time.sleep(pause)
+                time.sleep(self.options.pauses_s[failures])
+                failures += 1
         self.part.replace(output_file)
         self._notes().unlink(missing_ok=True)
 

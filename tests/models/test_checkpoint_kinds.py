@@ -300,6 +300,18 @@ def random_shapes():
     return shapes
 
 
+@pytest.mark.parametrize(
+    ("names", "family"),
+    [
+        (["image_encoder.trunk.pos_embed", "sam_prompt_encoder.a", "sam_mask_decoder.a"], "a SAM 2"),
+        (["vision_encoder.pos_embed", "prompt_encoder.a", "mask_decoder.a"], "Hugging Face"),
+    ],
+)
+def test_relatives_are_told_from_it(names, family, tmp_path):
+    with pytest.raises(CheckpointError, match=f"not a SAM checkpoint: it is .*{family}"):
+        load_sam(saved({"model": {name: torch.zeros(1) for name in names}}, tmp_path))
+
+
 class TestNormalisation:
     def test_that_of_sam_is_no_unknown_tensor(self, sam, state, tmp_path):
         path = saved(state | {"pixel_mean": sam.pixel_mean, "pixel_std": sam.pixel_std}, tmp_path)
