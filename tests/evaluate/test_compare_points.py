@@ -102,14 +102,3 @@ def test_other_engines_agree_for_any_number_of_points(exported, clicked, truth, 
         found = other.run(inputs)
     for name in ("logits", "iou"):
         assert np.abs(found[name] - expected[name]).max() < 1e-4 * np.abs(expected[name]).max()
-
-
-def test_a_bundle_can_do_without(exported, tmp_path):
-    from dendsam_deploy.bundle.reference import load_reference  # noqa: PLC0415 - the only test that exports
-    from dendsam_deploy.export.bundle import export_bundle  # noqa: PLC0415
-    from dendsam_deploy.export.options import ExportOptions  # noqa: PLC0415
-
-    bundle = Bundle.open(export_bundle(ExportOptions(exported.sam, tmp_path / "bare", points=False)))
-    assert bundle.manifest.graph("points", "fp32") is None
-    assert load_reference(bundle.path / "reference.npz", 128).points is None
-    assert open_session(bundle, ON_ONE_THREAD).points is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -77,8 +78,11 @@ def test_every_row_has_the_keys_of_evaluate(comparison):
 
 @pytest.mark.parametrize("prompts", ["truth_box", "detector_box"])
 def test_rows_are_what_segment_and_evaluate_say(comparison, exported, stack, tmp_path, prompts):
-    boxes = open_boxes(stack / "labels.tif", (3, 70, 64)) if prompts == "truth_box" else None
-    with open_session(Bundle.open(exported.bundle), ENGINE) as session:
+    with ExitStack() as stack_of_files:
+        boxes = None
+        if prompts == "truth_box":
+            boxes = stack_of_files.enter_context(open_boxes(stack / "labels.tif", (3, 70, 64)))
+        session = stack_of_files.enter_context(open_session(Bundle.open(exported.bundle), ENGINE))
         segment_volume(stack / "raw.tif", session, SegmentOptions(out=tmp_path / "out", boxes=boxes))
     report = evaluate_labels(tmp_path / "out", stack / "labels.tif", EvaluateOptions(resamples=0))
     row = next(row for row in comparison.rows if row.prompts == prompts)
