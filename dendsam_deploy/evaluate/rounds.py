@@ -32,6 +32,7 @@ from dendsam_deploy.models.weights import load_sam
 from dendsam_deploy.pipeline.journal import differences, fingerprint_of, working_in
 from dendsam_deploy.pipeline.tables import csv_bytes
 from dendsam_deploy.progress import Progress, no_progress
+from dendsam_deploy.report.review_page import write_review_page
 from dendsam_deploy.runtimes.session import SessionOptions, open_session
 from dendsam_deploy.training.detector import finetune_detector
 from dendsam_deploy.training.finetune import finetune_sam
@@ -212,7 +213,10 @@ class _Rounds:
             wishes = replace(wishes, **{f"least_{name}": value for name, value in asdict(options.criteria).items()})
         bundle, runtime = Bundle.open(options.out / before.bundle), SessionOptions(device=options.schedule.device)
         with open_session(bundle, runtime) as session:
-            return pseudo_label_volume(self.volume, session, wishes, _named(folder.name, progress))
+            made = pseudo_label_volume(self.volume, session, wishes, _named(folder.name, progress))
+        with open_volume(self.volume) as raw:
+            write_review_page(made, raw)
+        return made
 
     def _train(self, folder: Path, earlier: list[RoundRecord], progress: ProgressCallback) -> int:
         """Train the model of a round unless it is there, and return the number of steps."""

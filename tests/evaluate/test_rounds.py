@@ -219,6 +219,7 @@ def test_rounds_from_files_to_the_best_checkpoint(stack, exported, tmp_path, mon
     taught = set(pseudo.kept_masks)
     assert taught
     assert taught <= set(range(2, 7))  # neither labelled, nor held out, nor within the gap of 2
+    assert (tmp_path / "out" / "round-1" / "pseudo" / "review.html").is_file()
     best = load_sam(tmp_path / "out" / "best.pt").record.summary
     assert best["held_out_slices"] == [9, 12]
     document = json.loads((tmp_path / "out" / "rounds.json").read_bytes())
