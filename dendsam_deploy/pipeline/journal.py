@@ -36,7 +36,8 @@ OTHER_FILES = {"coco": "masks.coco.json", "yolo": "boxes.yolo", "roi": "rois.zip
 """What is written for other programs, where that is wished: two files and a folder."""
 
 _OWN_NAMES = {
-    JOURNAL_FILE, RUN_FILE, DETECTIONS_FILE, INSTANCES_FILE, REPORT_FILE, SLICES_FOLDER, *LABEL_FILES.values(), *OTHER_FILES.values()
+    JOURNAL_FILE, RUN_FILE, DETECTIONS_FILE, INSTANCES_FILE, REPORT_FILE, SLICES_FOLDER, *LABEL_FILES.values(),
+    *OTHER_FILES.values(),
 }  # fmt: skip
 
 SCHEMA_VERSION = 1
