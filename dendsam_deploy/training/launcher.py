@@ -6,10 +6,11 @@ every process has the same weights at any time. The first one judges and writes;
 
 from __future__ import annotations
 
-import pickle
 import threading
 import warnings
+from dataclasses import dataclass
 from functools import partial
+from multiprocessing import active_children
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -151,11 +152,12 @@ def run_in_team(
         )
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
     listener = _Listener(queue, progress)
+    others = set(active_children())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about hosts and ports, which are not the user's
             fabric = Fabric(accelerator=accelerator, devices=schedule.devices, strategy="ddp_spawn")
-            answer = fabric.launch(partial(_member, work=work, arguments=arguments, queue=queue))
+            fabric.launch(partial(_member, work=work, arguments=arguments, queue=queue))
     except (ProcessRaisedException, ProcessExitedException) as error:
         listener.stop()
         if listener.failure is not None:
@@ -163,15 +165,32 @@ def run_in_team(
         last = str(error).strip().splitlines()[-1]
         raise IncompleteRunError(f"a training process ended unexpectedly ({last}); run again to go on") from error
     finally:
+        for child in set(active_children()) - others:
+            child.terminate()  # an interruption may have reached this process alone
         listener.stop()
-    return pickle.loads(answer)
+    if listener.broken is not None:
+        raise listener.broken
+    return listener.result
 
 
-def _member(fabric: Any, work: Callable[..., Any], arguments: tuple[Any, ...], queue: SimpleQueue[Any]) -> bytes:  # noqa: ANN401 - the library is optional
-    """Do the work in one process; the first one reports."""
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What the work returned in the first process."""
+
+    value: Any
+
+
+def _member(fabric: Any, work: Callable[..., Any], arguments: tuple[Any, ...], queue: SimpleQueue[Any]) -> None:  # noqa: ANN401 - the library is optional
+    """Do the work in one process; the first one reports.
+
+    Its result goes the way of the reports. What a process returns is read only when it has ended, and it does not end
+    before all is read that does not fit into a pipe.
+    """
     try:
-        progress = queue.put if fabric.global_rank == 0 else no_progress
-        return pickle.dumps(work(FabricTeam(fabric), progress, *arguments))
+        is_first = fabric.global_rank == 0
+        result = work(FabricTeam(fabric), queue.put if is_first else no_progress, *arguments)
+        if is_first:
+            queue.put(_Result(result))
     except DendsamError as error:
         queue.put(error)
         raise
@@ -184,6 +203,8 @@ class _Listener(threading.Thread):
         super().__init__(daemon=True)
         self._queue, self._progress = queue, progress
         self.failure: DendsamError | None = None
+        self.result: Any = None
+        self.broken: Exception | None = None
         self.start()
 
     def run(self) -> None:
@@ -191,8 +212,13 @@ class _Listener(threading.Thread):
         while (message := self._queue.get()) is not None:
             if isinstance(message, DendsamError):
                 self.failure = self.failure or message
-            else:
-                self._progress(message)
+            elif isinstance(message, _Result):
+                self.result = message.value
+            elif self.broken is None:
+                try:
+                    self._progress(message)
+                except Exception as error:
+                    self.broken = error
 
     def stop(self) -> None:
         """End listening once everything has been heard."""

@@ -8,6 +8,7 @@ import numpy as np
 import tifffile
 
 from dendsam_deploy.errors import VolumeError
+from dendsam_deploy.progress import Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,3 +28,9 @@ def write_discs(folder: Path) -> None:
 def failing_work(team, progress, place):
     """Fail as a training fails whose volume cannot be used."""
     raise VolumeError(f"{place}: found by process {team.rank} of {team.size}")
+
+
+def large_work(team, progress, megabytes):
+    """Return more than fits into a pipe."""
+    progress(Progress("train", 1, 1))
+    return np.full((megabytes, 1 << 20), team.size, np.uint8)

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from labelled_discs import failing_work, write_discs
+from labelled_discs import failing_work, large_work, write_discs
 
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError, VolumeError
 from dendsam_deploy.models.weights import load_sam
@@ -46,6 +46,14 @@ def test_two_processes_learn_what_one_learns_from_twice_the_batches(tmp_path):
 def test_what_goes_wrong_in_a_process_is_told_as_if_there_were_none():
     with pytest.raises(VolumeError, match=r"^raw\.tif: found by process 0 of 1$"):
         run_in_team(failing_work, ("raw.tif",), SCHEDULE, no_progress)
+
+
+def test_a_result_may_be_large():
+    seen = []
+    result = run_in_team(large_work, (3,), SCHEDULE, seen.append)
+    assert result.shape == (3, 1 << 20)
+    assert (result == 1).all()
+    assert [entry.stage for entry in seen] == ["train"]
 
 
 def test_devices_that_are_not_there(tmp_path):
