@@ -44,9 +44,21 @@ class ObjectPicture:
 
 
 def worst_objects(report: ScoreReport, count: int = SHOWN) -> tuple[ObjectRow, ...]:
-    """Choose the objects of the truth that cost most: size times the part of the union that is not shared."""
-    ranked = sorted(report.per_object, key=lambda row: (-(1 - row.iou) * row.voxels, row.shown_z, row.truth_id))
-    return tuple(row for row in ranked[:count] if row.iou < 1)
+    """Choose the objects of the truth that cost most: size times the part of the union that is not shared.
+
+    Where labels hold for one slice only, profiles of labels that were not chosen yet go before further ones of the same
+    label, which are mostly the same dendrite a section further.
+    """
+    ranked = [row for row in sorted(report.per_object, key=_by_cost) if row.iou < 1]
+    first = {row.truth_id: row for row in reversed(ranked)}
+    others = [row for row in ranked if first[row.truth_id] is not row]
+    chosen = [*(row for row in ranked if first[row.truth_id] is row), *others][:count]
+    return tuple(sorted(chosen, key=_by_cost))
+
+
+def _by_cost(row: ObjectRow) -> tuple[float, int, int]:
+    """Return a key that puts the objects that cost most first."""
+    return -(1 - row.iou) * row.voxels, row.shown_z, row.truth_id
 
 
 def draw_worst_objects(report: ScoreReport, volume: Path, truth: Path, labels: Path) -> tuple[ObjectPicture, ...]:

@@ -77,6 +77,15 @@ def test_the_worst_objects_are_those_that_cost_most(volumes):
     assert [(row.shown_z, row.truth_id) for row in pooled] == [(1, 2), (2, 2)]
 
 
+def test_one_dendrite_does_not_fill_the_page(volumes):
+    """Object 2 is missed and cut, object 1 loses a pixel: of two pictures one is of object 1."""
+    labels = tifffile.imread(volumes[0])
+    labels[0, 2, 2] = 0
+    tifffile.imwrite(volumes[0], labels, photometric="minisblack")
+    rows = worst_objects(evaluate_labels(*volumes, EvaluateOptions(as_2d=True)), 2)
+    assert [(row.shown_z, row.truth_id) for row in rows] == [(1, 2), (0, 1)]
+
+
 def test_pictures_show_both_outlines_on_the_micrograph(volumes, tmp_path):
     labels, truth = volumes
     report = evaluate_labels(labels, truth, EvaluateOptions(as_2d=True))
