@@ -206,18 +206,29 @@ def _check_apart(volumes: Sequence[LabelledPaths], sources: Sequence[TrainingSou
     if not any(source.held_out for source in sources):
         raise InvalidArgumentError("every volume only teaches; hold slices out of at least one of them to judge by")
     places = [{entry.volume.resolve(), entry.labels.resolve()} for entry in volumes]
-    for judge, source in enumerate(sources):
+    for judge, (source, paths) in enumerate(zip(sources, places, strict=True)):
         if source.held_out is None:
             continue
         near = {z + step for z in source.held_out.slices for step in range(-gap, gap + 1)}
         for teacher, other in enumerate(sources):
-            if teacher != judge and places[judge] & places[teacher] and near & set(other.train.slices):
+            if teacher == judge or not near & set(other.train.slices):
+                continue
+            if paths & places[teacher] or _show_the_same(source.held_out, other.train):
                 named = " and ".join(entry.place or "the command line" for entry in (volumes[judge], volumes[teacher]))
                 raise InvalidArgumentError(
                     f"{volumes[judge].volume} is named twice ({named}), and slices held out there "
                     f"({slices_text(source.held_out.slices)}) lie within {gap} of slices that train "
                     f"({slices_text(other.train.slices)}); name it once, or give both the same held-out slices"
                 )
+
+
+def _show_the_same(one: LabelledVolume, other: LabelledVolume) -> bool:
+    """Tell whether two volumes, one of them perhaps a copy, show the same image in a slice that both may use."""
+    for z in sorted(set(one.slices) & set(other.slices)):
+        image = one[z].image
+        if image.min() < image.max():  # blank slices are alike in all volumes
+            return np.array_equal(image, other[z].image)
+    return False
 
 
 def _to_common_scale(sources: Sequence[TrainingSource]) -> list[TrainingSource]:

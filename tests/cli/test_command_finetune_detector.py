@@ -6,6 +6,7 @@ import csv
 import json
 
 import pytest
+import tifffile
 
 pytest.importorskip("torch", reason="needs the extra train")
 
@@ -36,11 +37,11 @@ def test_two_volumes_from_a_list(finetune, discs, tmp_path) -> None:
     (tmp_path / "data.csv").write_text(
         "volume,labels,held_out,weight,voxel_size\n"
         f"{discs}/raw.tif,{discs}/labels.tif,1:2,3,\n"
-        f'copy/raw.tif,copy/labels.tif,none,1,"40,30,30"\n'
+        f'turned/raw.tif,turned/labels.tif,none,1,"40,30,30"\n'
     )
-    (tmp_path / "copy").mkdir()
+    (tmp_path / "turned").mkdir()
     for name in ("raw.tif", "labels.tif"):
-        (tmp_path / "copy" / name).write_bytes((discs / name).read_bytes())
+        tifffile.imwrite(tmp_path / "turned" / name, tifffile.imread(discs / name)[:, ::-1], imagej=True)
     outcome = finetune("--data", tmp_path / "data.csv", "--zoom", 1, "--json", "-")
     assert outcome.code == 0, outcome.err
     document = outcome.document
@@ -54,7 +55,7 @@ def test_two_volumes_from_a_list(finetune, discs, tmp_path) -> None:
     assert document["report"] == str(folder / "report.html")
     page = (folder / "report.html").read_text()
     assert "Training of yolo.pt" in page
-    assert "copy/raw.tif" in page
+    assert "turned/raw.tif" in page
     with (folder / "history.csv").open(newline="") as stream:
         assert [row["epoch"] for row in csv.DictReader(stream)] == ["1"]
     config = json.loads((folder / "config.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ def write(folder, name, side_px=12, pixel_nm=None, depth=12):
     labels = np.zeros((depth, 64, 96), np.uint16)
     for number, (y, x) in enumerate([(4, 4), (4, 50), (34, 4), (34, 50)], start=1):
         labels[:, y : y + side_px, x : x + side_px] = number
-    for kind, stack in (("raw", np.where(labels > 0, 200, 60).astype(np.uint8)), ("labels", labels)):
+    # Every volume has a grey of its own, as no two pieces of tissue look the same.
+    raw = np.where(labels > 0, 200, 60 + sum(name.encode()) % 50).astype(np.uint8)
+    for kind, stack in (("raw", raw), ("labels", labels)):
         physical = {} if pixel_nm is None else {"resolution": (1000 / pixel_nm,) * 2}
         metadata = {"axes": "ZYX"} | ({"unit": "um", "spacing": 0.04} if pixel_nm else {})
         tifffile.imwrite(folder / f"{name}-{kind}.tif", stack, imagej=True, metadata=metadata, **physical)
@@ -94,6 +97,11 @@ def test_one_volume_under_two_names_does_not_leak(tmp_path):
     apart = dataclasses.replace(entry, slices=(7, 12))
     with open_sources([first, apart], OPTIONS, 64) as sources:
         assert len(sources) == 2
+    for path in (entry.volume, entry.labels):
+        shutil.copy(path, tmp_path / f"copy-{path.name}")
+    copy = LabelledPaths(tmp_path / "copy-one-raw.tif", tmp_path / "copy-one-labels.tif", only_teaches=True)
+    with pytest.raises(InvalidArgumentError, match="named twice"), open_sources([entry, copy], OPTIONS, 64):
+        pass
     only = dataclasses.replace(entry, only_teaches=True)
     with pytest.raises(InvalidArgumentError, match="every volume only teaches"), open_sources([only], OPTIONS, 64):
         pass
@@ -103,7 +111,7 @@ def test_volumes_of_one_name_are_told_apart(tmp_path):
     entries = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        entries.append(write(tmp_path / folder, "x"))
+        entries.append(write(tmp_path / folder, "x", side_px=12 + len(entries)))
     with open_sources(entries, OPTIONS, 64) as sources:
         assert [source.name for source in sources] == ["a/x-raw.tif", "b/x-raw.tif"]
 
