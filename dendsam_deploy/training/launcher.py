@@ -6,6 +6,7 @@ every process has the same weights at any time. The first one judges and writes;
 
 from __future__ import annotations
 
+import signal
 import threading
 import warnings
 from dataclasses import dataclass
@@ -186,6 +187,7 @@ def _member(fabric: Any, work: Callable[..., Any], arguments: tuple[Any, ...], q
     Its result goes the way of the reports. What a process returns is read only when it has ended, and it does not end
     before all is read that does not fit into a pipe.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it, without a traceback
     try:
         is_first = fabric.global_rank == 0
         result = work(FabricTeam(fabric), queue.put if is_first else no_progress, *arguments)
