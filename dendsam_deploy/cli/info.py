@@ -222,4 +222,4 @@ def _written(value: object) -> str:
         return ", ".join(map(_written, value))
     if isinstance(value, dict):
         return ", ".join(f"{key} {_written(item)}" for key, item in value.items())
-    return str(value)
+    return "".join(sign if sign.isprintable() else "?" for sign in str(value))  # nothing that a terminal obeys

@@ -55,6 +55,7 @@ RECORD_KEY = "dendsam"
 STATE_KEY = "model_state"
 DECODER_KEY = "decoder_state"
 NORMALISATION = {"pixel_mean": (123.675, 116.28, 103.53), "pixel_std": (58.395, 57.12, 57.375)}
+_LONGEST_KEY = 300
 _OTHER_FAMILIES = {
     "sam_mask_decoder.": "a SAM 2, whose encoder is another one",
     "vision_encoder.": "a SAM under the names of Hugging Face's transformers, which has the original file as well",
@@ -226,7 +227,10 @@ def _whole_object(found: Placeholder, path: Path) -> CheckpointError:
 
 
 def _tensors(content: Mapping[object, object]) -> dict[str, StoredTensor]:
-    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, StoredTensor)}
+    found = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, StoredTensor)}
+    if any(len(key) > _LONGEST_KEY or not key.isprintable() for key in found):
+        raise CheckpointError("a tensor has a name that is none; save the checkpoint again")
+    return found
 
 
 def _renamed(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
@@ -298,8 +302,10 @@ def _foreign(names: Iterable[str]) -> tuple[str, ...]:
 
 def _plain(value: object) -> str | float | None:
     """Return a word or a number, also where it is one of NumPy, as trainers leave them; None for anything else."""
-    if isinstance(value, str | int | float):
-        return value
+    if isinstance(value, str):
+        return value[:_LONGEST_KEY]
+    if isinstance(value, int | float):
+        return value if abs(value) < 1 << 63 else None
     if not isinstance(value, Placeholder) or not value.maker.endswith("multiarray.scalar"):
         return None
     match value.arguments:

@@ -17,6 +17,7 @@ import numpy as np
 from dendsam_deploy.errors import CheckpointError
 from dendsam_deploy.models.detector_names import check_detector_names
 from dendsam_deploy.models.inert_values import Name, Placeholder
+from dendsam_deploy.models.plain_values import PlainValues
 from dendsam_deploy.models.stored_tensor import StoredTensor
 from dendsam_deploy.models.tensor_file import open_tensor_file
 
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
 
 ARRAYS_FILE, DESCRIPTION_FILE = "arrays.npz", "description.json"
 
-_DEEPEST, _MOST_MODULES, _MOST_VALUES = 40, 20_000, 50_000
-_LONGEST_TEXT = 4000
+_DEEPEST, _MOST_MODULES = 40, 20_000
 _FIELDS = ("epoch", "date", "version", "license", "best_fitness", "dendsam")
 
 
@@ -64,7 +64,7 @@ def _describe(content: dict[Any, Any], network: Placeholder) -> dict[str, Any]:
     state: dict[str, Any] = network.state if isinstance(network.state, dict) else {}
     modules = dict(_modules(network))
     layers = [module for name, module in modules.items() if name.startswith("model.") and name.count(".") == 1]
-    plain = _Plain()
+    plain = PlainValues()
     return {
         "class": network.maker.rpartition(".")[2],
         "head": layers[-1].maker.rpartition(".")[2] if layers else "",
@@ -130,27 +130,3 @@ def _attributes(value: object) -> object:
 
 def _kind(value: object) -> str:
     return value.maker if isinstance(value, Placeholder) else type(value).__name__
-
-
-class _Plain:
-    """Turns values into what JSON can write; others into a word in angle brackets. A file has so many values."""
-
-    def __init__(self) -> None:
-        self._left = _MOST_VALUES
-
-    def of(self, value: object, depth: int = 0) -> Any:  # noqa: ANN401 - whatever JSON can write
-        """Return a value in plain terms."""
-        self._left -= 1
-        if self._left < 0 or depth > _DEEPEST:
-            raise CheckpointError("the description of the network is longer than any detector's")
-        if value is None or isinstance(value, bool | int | float):
-            return value
-        if isinstance(value, str):
-            return value[:_LONGEST_TEXT]
-        if isinstance(value, dict):
-            return {str(key)[:_LONGEST_TEXT]: self.of(item, depth + 1) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.of(item, depth + 1) for item in value]
-        if isinstance(value, Placeholder) and value.maker.startswith("pathlib") and isinstance(value.arguments, tuple):
-            return "/".join(str(part) for part in value.arguments)[:_LONGEST_TEXT]
-        return f"<{_kind(value)}>"

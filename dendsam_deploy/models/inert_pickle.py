@@ -30,6 +30,8 @@ Rebuild = dict[str, Callable[..., object]]
 MOST_WORK = 3_000_000
 """Instructions and copied elements of one pickle. Training checkpoints of ViT-H need some 100,000."""
 
+_LONGEST_NAME = 300
+
 LARGEST_PICKLE_BYTES = 512 << 20
 """Trainings may leave whole image stacks in the pickle itself, beside the tensors."""
 
@@ -260,6 +262,8 @@ class _Machine:
         self._look_up(f"copyreg.extension_{code}")
 
     def _look_up(self, dotted: str) -> None:
+        if len(dotted) > _LONGEST_NAME or not dotted.isprintable():
+            raise PickleError("a name that is none")
         self.names.add(dotted)
         self._stack.append(Name(dotted))
 
@@ -292,9 +296,10 @@ class _Machine:
         name = dotted_name(function)
         self.calls.add(name)
         if name == "builtins.getattr" and isinstance(arguments, tuple) and len(arguments) >= 2:
-            looked_up = f"{dotted_name(arguments[0])}.{arguments[1]!s:.80}"
-            self.names.add(looked_up)
-            return Name(looked_up)
+            if not isinstance(arguments[1], str):
+                raise PickleError("an attribute whose name is no string")
+            self._look_up(f"{dotted_name(arguments[0])}.{arguments[1]}")
+            return self._stack.pop()
         make = self.rebuild.get(name)
         if make is None or not isinstance(arguments, tuple):
             return Placeholder(name, arguments)

@@ -174,7 +174,7 @@ def _of_type(function: object, kind: object, arguments: object, *rest: object) -
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 REBUILD: Rebuild = {

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from dendsam_deploy.errors import CheckpointError
 from dendsam_deploy.models.architectures import MODEL_TYPES, ModelType
+from dendsam_deploy.models.plain_values import PlainValues
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+_LARGEST_SIZE_PX = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +53,14 @@ def checked_record(raw: object, path: Path) -> TrainingRecord:
     """
     known = {entry.name for entry in dataclasses.fields(TrainingRecord)}
     if isinstance(raw, dict) and {"model_type", "image_size"} <= raw.keys() <= known:
-        record = TrainingRecord(**raw)
+        record = TrainingRecord(**PlainValues().of(raw))
         numbers = (record.model_pixel_size_nm, record.zoom)
         if (
             record.model_type in MODEL_TYPES
             and isinstance(record.image_size, int)
+            and 0 < record.image_size < _LARGEST_SIZE_PX
             and isinstance(record.summary, dict)
             and all(n is None or (isinstance(n, (int, float)) and math.isfinite(n) and n > 0) for n in numbers)
         ):
             return record
-    raise CheckpointError(f"{path}: written by another version of dendsam-deploy: its record {raw!r:.80} is unknown")
+    raise CheckpointError(f"{path}: written by another version of dendsam-deploy: its record is unknown")

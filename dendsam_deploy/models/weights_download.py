@@ -105,7 +105,7 @@ def fetch(entry: KnownWeights, folder: Path, options: DownloadOptions) -> Path:
         options.tell(f"fetching {entry.name}{size} from {origin.url} (licence: {origin.licence}) into {target}")
         _pull(target, origin, noted, options)
         found = sha256_of(target)
-        if not entry.digest.startswith("sha256:"):
+        if not noted and not entry.digest.startswith("sha256:"):
             write_text(_note(target), f"{found}  {target.name}\n")
             options.tell(
                 f"no SHA-256 of {entry.name} is published: noted {found} on first use; "

@@ -258,6 +258,57 @@ BOMBS = {
 }
 
 
+def laughs(levels):
+    """A list of lists of lists ... each element of which is the same as the others: small, but endless to write."""
+    value: object = "ha"
+    for _ in range(levels):
+        value = [value] * 10
+    return value
+
+
+class TestWordsOfAFile:
+    """What a file says about itself is shown to people: bounded, and nothing that a terminal obeys."""
+
+    @pytest.mark.parametrize("key", ["summary", "model_type", "image_size", "zoom"])
+    def test_an_endless_record(self, key, tmp_path):
+        record = {"model_type": "tiny", "image_size": 64, "summary": {}} | {key: {"a": laughs(12)}}
+        torch.save({"model_state": random_sam().state_dict(), "dendsam": record}, tmp_path / "own.pt")
+        with pytest.raises(CheckpointError):
+            load_sam(tmp_path / "own.pt")
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_endless_numbers(self, sign, tmp_path):
+        size = sign * 10**5000
+        record = {"model_type": "tiny", "image_size": size}
+        torch.save({"model_state": random_sam().state_dict(), "dendsam": record}, tmp_path / "own.pt")
+        with pytest.raises(CheckpointError, match="its record is unknown"):
+            load_sam(tmp_path / "own.pt")
+        torch.save({"model_state": random_sam().state_dict(), "epoch": size, "iteration": 7}, tmp_path / "other.pt")
+        with open_sam_file(tmp_path / "other.pt") as (_, found):
+            assert found.progress == {"iteration": 7}
+
+    def test_an_attribute_that_is_a_whole_structure(self):
+        program = b"c__builtin__\ngetattr\n(cx\ny\n" + pickle.dumps(laughs(30), protocol=2)[2:-1] + b"tR."
+        assert seconds(lambda: read(program)) < TestBombs.LIMIT_S
+
+    @pytest.mark.parametrize("name", ["a" * 10_000, "a\x1b[2J"])
+    def test_names_that_are_none(self, name, tmp_path):
+        with pytest.raises(PickleError, match="a name that is none"):
+            read(b"\x80\x04" + pickle.dumps(name, protocol=4)[11:-1] + pickle.dumps("b", protocol=4)[11:-1] + b"\x93.")
+        torch.save({name: torch.zeros(1)}, tmp_path / "key.pt")
+        with pytest.raises(CheckpointError, match="a name that is none"):
+            load_sam(tmp_path / "key.pt")
+
+    def test_a_terminal_is_left_alone(self, tmp_path, capfd):
+        record = {"model_type": "tiny", "image_size": 64, "summary": {"data": "\x1b[2J\x07boo"}}
+        torch.save({"model_state": random_sam().state_dict(), "dendsam": record}, tmp_path / "own.pt")
+        assert main(["info", str(tmp_path / "own.pt")]) == 0
+        out = capfd.readouterr().out
+        assert "boo" in out
+        assert "\x1b" not in out
+        assert "\x07" not in out
+
+
 class TestBombs:
     """Each within seconds, and without a crash, which would end the tests."""
 
