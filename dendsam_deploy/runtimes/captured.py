@@ -11,8 +11,10 @@ import numpy as np
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError
 from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
 from dendsam_deploy.runtimes.gpu_engine_cache import EngineCache
+from dendsam_deploy.runtimes.gpu_engine_plan import batch_size, split_calls
 from dendsam_deploy.runtimes.runner import (
     check_inputs,
+    check_residents,
     check_room,
     gpu_of,
     line_of,
@@ -57,8 +59,8 @@ _GPU_STEPS: Mapping[Role, Mapping[str, tuple[int, ...]]] = {
     "decoder": {"tiles": (4, 16), "boxes": (16, 64)},
     "points": {"tiles": (4, 16), "prompts": (16, 64)},
 }
-"""Lengths of axes that a GPU is given, beyond them multiples of the last: each is compiled and recorded by itself, and
-what pads a batch costs little there."""
+"""Lengths of axes that a GPU is given, each compiled and recorded by itself; what pads a batch costs little there.
+Batches that are longer than the last are cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,16 +184,16 @@ class CapturedRunner:
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[np.generic]]:
         """Execute the graph once and bring its outputs down; see `runner.ResidentRunner`."""
-        lengths = check_inputs(inputs, self.spec, str(self._path))
+        check_inputs(inputs, self.spec, str(self._path))
         with self._guarded():
-            return {name: _to_host(values) for name, values in self._execute(inputs, lengths).items()}
+            return {name: _to_host(values) for name, values in self._execute(inputs).items()}
 
     def run_into(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Resident]) -> None:
         """Execute the graph once and leave its outputs where they are to stay; see `runner.ResidentRunner`."""
         lengths = check_inputs(inputs, self.spec, str(self._path))
         check_room(outputs, self.spec, lengths, str(self._path))
         with self._guarded():
-            for name, values in self._execute(inputs, lengths).items():
+            for name, values in self._execute(inputs).items():
                 own_resident(outputs[name], DeviceTensor, self, name).held.copy_(values)
             if self.device != "cpu":
                 torch.cuda.synchronize(self.device)
@@ -227,10 +229,31 @@ class CapturedRunner:
         if self._threads_before is not None:
             torch.set_num_threads(self._threads_before)
 
-    def _execute(self, inputs: Mapping[str, Tensor], lengths: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        """Execute a batch of any size and return the outputs, still on the device."""
+    def _execute(self, inputs: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:
+        """Execute a batch of any size and return the outputs, still on the device.
+
+        It is cut as far as the steps of `_GPU_STEPS` go, so that programs are few and what they hold is limited.
+        """
+        check_residents(inputs, DeviceTensor, self)
+        steps, count = _GPU_STEPS[self.spec.role], batch_size(inputs, self.spec)
+        calls = list(split_calls(inputs, self.spec, steps["tiles"][-1], self.rows_per_call))
+        if len(calls) <= 1:
+            return self._execute_part(calls[0].inputs if calls else inputs)
+        whole: dict[str, torch.Tensor] = {}
+        for call in calls:
+            rows = torch.from_numpy(call.rows).to(self.device)
+            for name, values in self._execute_part(call.inputs).items():
+                room = whole.get(name)
+                if room is None:
+                    room = whole[name] = values.new_empty((count, *values.shape[1:]))
+                room[rows] = values  # what a program returned is overwritten when the next one is executed
+        return whole
+
+    def _execute_part(self, inputs: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:
+        """Execute the graph once."""
         if self._graph is None:
             raise not_open(self._path)
+        lengths = check_inputs(inputs, self.spec, str(self._path))
         padded = {axis: self._padded(axis, n) for axis, n in lengths.items()}
         given = {spec.name: self._placed(spec, inputs[spec.name], padded) for spec in self.spec.inputs}
         numbers = tuple((name, tuple(value.tolist())) for name, value in given.items() if self._is_number(name))

@@ -27,7 +27,14 @@ from dendsam_deploy.runtimes.gpu_engine_plan import (
     split_calls,
 )
 from dendsam_deploy.runtimes.gpu_memory import DeviceTensor, GpuHangError, open_gpu
-from dendsam_deploy.runtimes.runner import check_inputs, check_room, not_open, own_resident, shape_of_rows
+from dendsam_deploy.runtimes.runner import (
+    check_inputs,
+    check_residents,
+    check_room,
+    not_open,
+    own_resident,
+    shape_of_rows,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -221,9 +228,7 @@ class EngineRunner:
     def _check(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
         """Raise unless inputs are the contract's, and residents this GPU's; returns the lengths of free axes."""
         lengths = check_inputs(inputs, self.spec, str(self._path))
-        for name in (tensor.name for tensor in self.spec.inputs):
-            if not isinstance(inputs[name], np.ndarray):
-                own_resident(inputs[name], DeviceTensor, self, name)
+        check_residents(inputs, DeviceTensor, self)
         return lengths
 
 

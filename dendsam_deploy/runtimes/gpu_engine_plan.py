@@ -38,6 +38,8 @@ MOST_BOXES = 64
 BOX_COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, MOST_BOXES)
 """Numbers of boxes that the decoder is executed with; others are padded up to the next, by less than one half."""
 
+_PROMPTED_TILE = "tile_index"  # what tells a decoder from other graphs
+
 _USUAL_BOXES = 32
 _USUAL_REGION = 16
 
@@ -157,23 +159,26 @@ class Call:
     rows: NDArray[np.intp]
 
 
-def split_calls(inputs: Mapping[str, Tensor], spec: GraphSpec) -> Iterator[Call]:
-    """Cut a batch of any size into executions that the profiles of `make_profiles` admit.
+def split_calls(
+    inputs: Mapping[str, Tensor], spec: GraphSpec, most_tiles: int = MOST_TILES, most_prompts: int = MOST_BOXES
+) -> Iterator[Call]:
+    """Cut a batch of any size into executions of limited size, by default such as `make_profiles` admits.
 
-    Neither tiles nor boxes know of each other, so that the results are those of one large execution.
+    Neither tiles nor prompts know of each other, so that the results are those of one large execution. Without rows
+    there is nothing to execute.
     """
-    if spec.role == "decoder":
-        yield from _split_boxes(inputs)
+    if _PROMPTED_TILE in inputs:
+        yield from _split_prompts(inputs, spec, most_tiles, most_prompts)
         return
     count = batch_size(inputs, spec)
-    for start in range(0, count, MOST_TILES):
-        rows = slice(start, min(start + MOST_TILES, count))
+    for start in range(0, count, most_tiles):
+        rows = slice(start, min(start + most_tiles, count))
         yield Call({tensor.name: inputs[tensor.name][rows] for tensor in spec.inputs}, np.arange(rows.start, rows.stop))
 
 
 def batch_size(inputs: Mapping[str, Tensor], spec: GraphSpec) -> int:
-    """Return the length of the axis that the outputs count: boxes for the decoder, tiles elsewhere."""
-    return inputs["boxes" if spec.role == "decoder" else spec.inputs[0].name].shape[0]
+    """Return the length of the axis that the outputs count: prompts for the decoders, tiles elsewhere."""
+    return inputs[_PROMPTED_TILE if _PROMPTED_TILE in inputs else spec.inputs[0].name].shape[0]
 
 
 def on_host(tensor: Tensor) -> NDArray[np.generic]:
@@ -303,27 +308,25 @@ def _profile(spec: GraphSpec, axes: Mapping[str, tuple[int, int, int]], values: 
     return Profile(MappingProxyType(shapes), MappingProxyType(dict(values)))
 
 
-def _split_boxes(inputs: Mapping[str, Tensor]) -> Iterator[Call]:
-    """Cut the decoder's work: into groups of neighbouring tiles, and these into groups of boxes."""
+def _split_prompts(inputs: Mapping[str, Tensor], spec: GraphSpec, most_tiles: int, most_prompts: int) -> Iterator[Call]:
+    """Cut a decoder's work: into groups of neighbouring tiles, and these into groups of prompts."""
     tiles = inputs["embeddings"].shape[0]
-    boxes = on_host(inputs["boxes"])
-    tile_index = cast("NDArray[np.int64]", on_host(inputs["tile_index"]))
-    region = on_host(inputs["region"])
+    tile_index = cast("NDArray[np.int64]", on_host(inputs[_PROMPTED_TILE]))
     if len(tile_index) and not (tile_index.min() >= 0 and tile_index.max() < tiles):
         raise InvalidArgumentError(
             f"tile_index runs from {tile_index.min()} to {tile_index.max()}, expected numbers of the {tiles} embeddings"
         )
-    for first in range(0, tiles, MOST_TILES):
-        (members,) = np.nonzero((tile_index >= first) & (tile_index < first + MOST_TILES))
-        for start in range(0, len(members), MOST_BOXES):
-            rows = members[start : start + MOST_BOXES]
-            part = {
-                "embeddings": inputs["embeddings"][first : min(first + MOST_TILES, tiles)],
-                "boxes": boxes[rows],
-                "tile_index": tile_index[rows] - first,
-                "region": region,
-            }
-            yield Call(part, rows)
+    axis = next(tensor.shape[0] for tensor in spec.inputs if tensor.name == _PROMPTED_TILE)
+    by_prompt = [tensor.name for tensor in spec.inputs if tensor.shape[0] == axis]
+    hosted = {tensor.name: on_host(inputs[tensor.name]) for tensor in spec.inputs if tensor.name != "embeddings"}
+    for first in range(0, tiles, most_tiles):
+        (members,) = np.nonzero((tile_index >= first) & (tile_index < first + most_tiles))
+        for start in range(0, len(members), most_prompts):
+            rows = members[start : start + most_prompts]
+            part = {name: hosted[name][rows] for name in by_prompt}
+            part[_PROMPTED_TILE] = tile_index[rows] - first
+            embeddings = inputs["embeddings"][first : min(first + most_tiles, tiles)]
+            yield Call({**hosted, **part, "embeddings": embeddings}, rows)
 
 
 def _empty_shape(tensor: TensorSpec, side: int, known: Mapping[str, Shape]) -> Shape:

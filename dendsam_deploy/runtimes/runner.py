@@ -312,6 +312,13 @@ def own_resident(tensor: object, kind: type[Held], runner: Runner, name: str) ->
     return tensor
 
 
+def check_residents(inputs: Mapping[str, Tensor], kind: type[Resident], runner: Runner) -> None:
+    """Raise unless all inputs that are no arrays are a runner's own; see `own_resident`."""
+    for name in (tensor.name for tensor in runner.spec.inputs):
+        if not isinstance(inputs[name], np.ndarray):
+            own_resident(inputs[name], kind, runner, name)
+
+
 class CallableRunner:
     """A runner around a Python function: the public test double of the seam.
 
