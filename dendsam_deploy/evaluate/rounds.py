@@ -243,7 +243,7 @@ class _Rounds:
         """Export the model of a round unless that is done."""
         bundle = folder / _BUNDLE
         if not bundle.is_dir():  # it appears when it is whole
-            wishes = ExportOptions(folder / _SAM_FILE, bundle, detector, name=folder.name)
+            wishes = ExportOptions(folder / _SAM_FILE, bundle, detector, name=folder.name, reference_volume=self.volume)
             export_bundle(wishes, progress=_named(folder.name, progress))
         return bundle
 
