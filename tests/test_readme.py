@@ -23,6 +23,7 @@ SHORTER = {
     "phantom": "--shape 6,256,256",
     "finetune detector": "--minutes 0.3",
     "finetune sam": "--minutes 0.3",
+    "rounds": "--minutes 0.2 --rounds 1 --detector trial/detector.pt",
 }
 """What is added to commands that would take long: a smaller volume, and trainings that only have to run."""
 

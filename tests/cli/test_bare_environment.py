@@ -87,7 +87,8 @@ print("absent:", *absent)
 """
     outcome = run_python(program)
     assert outcome.code == 0, outcome.err
-    absent = outcome.out.splitlines()[-1].split()[1:]
+    # It trains, exports and judges in turn, and only the command of its name loads it.
+    absent = set(outcome.out.splitlines()[-1].split()[1:]) - {"dendsam_deploy.evaluate.rounds"}
     rooms = {name.split(".")[1] for name in absent}
     assert rooms <= {"models", "training", "export", "runtimes"}
     runtimes = {name.split(".")[2] for name in absent if name.startswith("dendsam_deploy.runtimes")}
