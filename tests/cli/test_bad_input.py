@@ -153,7 +153,7 @@ def test_bad_checkpoints(refused, words, make, tmp_path, random_sam) -> None:
 
 def test_a_detector_is_no_sam_and_a_sam_is_no_detector(refused, shared_data, random_sam) -> None:
     yolo = shared_data / "yolo" / "yolov8n.pt"
-    assert "besides tensors" in refused(["export", "--sam", "BAD", "-o", "OUT"], yolo)
+    assert "expected SAM; give it as the detector" in refused(["export", "--sam", "BAD", "-o", "OUT"], yolo)
     assert "Ultralytics" in refused(["export", "--sam", "SAM", "--detector", "BAD", "-o", "OUT"], random_sam)
 
 
