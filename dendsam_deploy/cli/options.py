@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from dendsam_deploy.cli.console import Console
-from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError
+from dendsam_deploy.errors import MissingCapabilityError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -133,24 +133,6 @@ def bundle_option(function: Function) -> Function:
         metavar="DIR",
         help="Exported bundle.  [default: the only one in exports/, else $DENDSAM_BUNDLE]",
     )
-    return option(function)
-
-
-def _read_formats(text: str) -> tuple[str, ...]:
-    """Read ``coco,yolo,roi`` or some of them."""
-    from dendsam_deploy.pipeline.interchange import check_formats
-
-    try:
-        return check_formats([part.strip() for part in text.split(",") if part.strip()])
-    except InvalidArgumentError as error:
-        raise click.BadParameter(str(error)) from error
-
-
-def also_option(function: Function) -> Function:
-    """Add ``--also coco,yolo,roi``, which arrives as `also`."""
-    help_text = "Write the objects for other programs, too: coco (run lengths), yolo (boxes), roi (ImageJ)."
-    kind = word("coco,yolo,roi", _read_formats)
-    option = click.option("--also", type=kind, metavar="coco,yolo,roi", default="", show_default=False, help=help_text)
     return option(function)
 
 

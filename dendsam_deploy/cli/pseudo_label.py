@@ -13,15 +13,14 @@ from dendsam_deploy.cli.options import (
     PATH,
     RUNTIME,
     SLICES,
-    VOXEL_SIZE,
     Settings,
-    also_option,
     bundle_option,
     command,
     json_option,
     output_option,
     runtime_options,
 )
+from dendsam_deploy.cli.slice_options import slice_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 SETTINGS = Settings("dendsam_deploy.evaluate.pseudo_options:PseudoLabelOptions")
 CRITERIA = Settings("dendsam_deploy.evaluate.mask_choice:MaskCriteria")
 
-FORMATS = click.Choice(["tif", "ome-zarr"])
 PART = click.FloatRange(0, 1)
 
 
@@ -56,14 +54,7 @@ PART = click.FloatRange(0, 1)
 @SETTINGS.option("--jitter", "jitter_fraction", float, "Error of the boxes that measure stability, part of the side.")
 @SETTINGS.option("--repeats", "jitter_repeats", click.IntRange(1), "Number of such boxes for each mask.")
 @SETTINGS.option("--seed", "seed", click.IntRange(0), "Source of these errors.")
-@also_option
-@click.option("--boxes", type=PATH, help="Boxes in place of the detector's: folder of YOLO txt files, CSV, or labels.")
-@SETTINGS.option("--score", "detection_score", float, "Score from which boxes are looked at.  [default: the bundle's]")
-@SETTINGS.option("--nms", "nms_iou", float, "Largest IoU of two boxes of a slice.  [default: the bundle's]")
-@SETTINGS.option("--min-area", "min_area_px", float, "Least area in a slice, px.  [default: the bundle's]")
-@SETTINGS.option("--format", "format", FORMATS, "Format of the labels.  [default: that of the volume]")
-@SETTINGS.option("--voxel-size", "voxel_size_nm", VOXEL_SIZE, "nm, in place of what the file records.")
-@SETTINGS.option("--zoom", "zoom", float, "Model px per slice px.  [default: from the pixel sizes]")
+@slice_options(SETTINGS)
 @SETTINGS.flag("--restart", "restart", "Find the masks anew instead of resuming an earlier run in that folder.")
 @runtime_options
 @json_option

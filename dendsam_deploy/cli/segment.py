@@ -12,14 +12,13 @@ from dendsam_deploy.cli.options import (
     PATH,
     RUNTIME,
     SLICES,
-    VOXEL_SIZE,
     Settings,
-    also_option,
     bundle_option,
     command,
     json_option,
     runtime_options,
 )
+from dendsam_deploy.cli.slice_options import slice_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 SETTINGS = Settings("dendsam_deploy.pipeline.job:SegmentOptions")
 
 LINKERS = click.Choice(["overlap-graph", "iou-greedy"])
-FORMATS = click.Choice(["tif", "ome-zarr"])
 
 
 @command("segment", "segment ca1.tif -b exports/ca1")
@@ -39,15 +37,8 @@ FORMATS = click.Choice(["tif", "ome-zarr"])
 @bundle_option
 @SETTINGS.option("-o, --out", "out", PATH, "Folder of the result.  [default: VOLUME.dendsam]")
 @SETTINGS.option("--slices", "slices", SLICES, "Segment only these slices.")
-@also_option
-@click.option("--boxes", type=PATH, help="Boxes in place of the detector's: folder of YOLO txt files, CSV, or labels.")
-@SETTINGS.option("--score", "detection_score", float, "Least detection score.  [default: the bundle's]")
-@SETTINGS.option("--nms", "nms_iou", float, "Largest IoU of two boxes of a slice.  [default: the bundle's]")
-@SETTINGS.option("--min-area", "min_area_px", float, "Least area in a slice, px.  [default: the bundle's]")
+@slice_options(SETTINGS)
 @SETTINGS.option("--linker", "linker", LINKERS, "How slices are linked.")
-@SETTINGS.option("--format", "format", FORMATS, "Format of the labels.  [default: that of the volume]")
-@SETTINGS.option("--voxel-size", "voxel_size_nm", VOXEL_SIZE, "nm, in place of what the file records.")
-@SETTINGS.option("--zoom", "zoom", float, "Model px per slice px.  [default: from the pixel sizes]")
 @SETTINGS.flag("--restart", "restart", "Discard an earlier run in that folder instead of resuming it.")
 @runtime_options
 @json_option
