@@ -8,44 +8,17 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import tifffile
+from scored_arrays import ArrayReader, blocks, score
 
-from dendsam_deploy.errors import InputFileError, InvalidArgumentError, VolumeError
-from dendsam_deploy.evaluate.score_report import EvaluateOptions, ObjectRow, ScoreReport
+from dendsam_deploy.errors import InvalidArgumentError, VolumeError
+from dendsam_deploy.evaluate.score_report import EvaluateOptions, ObjectRow
 from dendsam_deploy.evaluate.scores import evaluate_labels, score_volumes
 from dendsam_deploy.metrics.contingency import ContingencyTable
 from dendsam_deploy.metrics.summary import score_objects, score_partition
-from dendsam_deploy.volume.volume import VolumeInfo
 
 OBJECT_KEYS = {"oce", "e_gs", "e_sg", "pq", "sq", "dq", "s_inst", "msa", "sa50", "sa75", "dice"}
 VOLUME_KEYS = OBJECT_KEYS | {"vi_split", "vi_merge", "arand_error", "arand_precision", "arand_recall"}
 COUNT_KEYS = {"truth_objects", "segments"}
-
-
-class ArrayReader:
-    """A volume in memory that is read like one on disk."""
-
-    def __init__(self, name: str, labels: np.ndarray, voxel_size_nm=None) -> None:
-        self._labels = labels.astype(np.uint32)
-        self.info = VolumeInfo(labels.shape, np.dtype(np.uint32), voxel_size_nm, name, "array")
-
-    def read(self, z, window=None):
-        return self._labels[z] if window is None else self._labels[z][window.slices]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        return None
-
-
-def score(labels: np.ndarray, truth: np.ndarray, **options) -> ScoreReport:
-    return score_volumes(ArrayReader("labels", labels), ArrayReader("truth", truth), EvaluateOptions(**options))
-
-
-def blocks(seed: int, shape: tuple[int, int, int] = (4, 6, 5)) -> np.ndarray:
-    """A volume of random labels, constant in blocks of 2 x 4 x 4 voxels."""
-    labels = np.random.default_rng(seed).integers(0, 9, shape)
-    return np.kron(labels, np.ones((2, 4, 4), int))
 
 
 def test_document_has_the_keys_of_the_contract():
@@ -334,62 +307,6 @@ def test_what_a_sparse_truth_leaves_out_is_counted():
     labels = np.array([[[7, 7, 0, 8, 9, 0]]])
     assert score(labels, truth, sparse_truth=True).segments_left_out == 2
     assert score(labels, truth).segments_left_out == 0
-
-
-def swc(folder, *lines):
-    (folder / "a.swc").write_text("\n".join(lines))
-    return folder / "a.swc"
-
-
-def test_skeletons_are_walked_in_the_volume(tmp_path):
-    """Voxels of 1000 x 500 x 250 nm; the skeleton runs along x through row 1 of slice 1, then down to slice 2."""
-    labels = np.zeros((3, 3, 8), int)
-    labels[1, 1, :4], labels[1, 1, 4:], labels[2, 1] = 5, 6, 6
-    path = swc(
-        tmp_path,
-        "1 3 0.0 0.5 1.0 1 -1",
-        "2 3 0.75 0.5 1.0 1 1",
-        "3 3 1.0 0.5 1.0 1 2",
-        "4 3 1.9 0.7 1.2 1 3",
-        "5 3 1.9 0.7 2.2 1 4",
-        "6 3 1.9 0.7 3.2 1 5",
-    )
-    reader = ArrayReader("labels", labels, (1000.0, 500.0, 250.0))
-    found = score_volumes(reader, reader, EvaluateOptions(skeletons=path)).skeletons
-    last = (0.9**2 + 0.2**2 + 0.2**2) ** 0.5
-    assert (found.skeletons, found.nodes, found.nodes_outside) == (1, 5, 1)
-    run = found.run_length  # 0.75 in segment 5, 0.25 cut, then 0.94 and 1 in segment 6
-    assert (run.split, run.correct) == pytest.approx((0.25, 1.75 + last))
-    assert run.expected == pytest.approx((0.75**2 + (last + 1) ** 2) / (2 + last))
-    document = score_volumes(reader, reader, EvaluateOptions(skeletons=path)).to_document()
-    assert document["volume"]["erl_um"] == run.expected
-    assert document["volume"]["erl_share"] == pytest.approx(run.expected / (2 + last))
-
-
-def test_positions_on_the_grid_of_voxels_are_not_lost_by_rounding(tmp_path):
-    labels = np.arange(1, 1001).reshape(1000, 1, 1)
-    lines = [f"{z + 1} 3 0 0 {z * 0.04:.6f} 1 {z or -1}" for z in range(1000)]
-    reader = ArrayReader("labels", labels, (40.0, 10.0, 10.0))
-    found = score_volumes(reader, reader, EvaluateOptions(skeletons=swc(tmp_path, *lines), resamples=0)).skeletons
-    assert found.nodes == 1000
-    assert found.run_length.split == pytest.approx(999 * 0.04)
-
-
-def test_skeletons_start_where_the_labels_do(tmp_path):
-    truth = np.ones((6, 2, 2), int)
-    path = swc(tmp_path, "1 3 0 0 0 1 -1", "2 3 0 0 4 1 1", "3 3 0 0 5 1 2")
-    options = EvaluateOptions(skeletons=path, first_slice=4, voxel_size_nm=(1000, 1000, 1000))
-    report = score_volumes(ArrayReader("labels", truth[4:]), ArrayReader("truth", truth), options)
-    assert report.skeletons.nodes == 2
-    assert report.skeletons.run_length.expected == 1
-
-
-def test_skeletons_elsewhere_or_of_unknown_scale_are_refused(tmp_path):
-    path = swc(tmp_path, "1 3 0 0 9000 1 -1")
-    with pytest.raises(InvalidArgumentError, match="record no voxel size; give --voxel-size"):
-        score(blocks(1), blocks(2), skeletons=path)
-    with pytest.raises(InputFileError, match=r"no node lies in the volume .* another unit"):
-        score(blocks(1), blocks(2), skeletons=path, voxel_size_nm=(40, 10, 10))
 
 
 def test_real_neurites_against_damaged_copies(shared_data, tmp_path):
