@@ -168,14 +168,29 @@ class BoxDecoderGraph(nn.Module):
 
     def mask_logits(self, cells: Tensor, kernel: Tensor) -> Tensor:
         """Upscale region tokens ``(n, r, r, C)`` and multiply by each mask's kernel ``(n, C/8)``: ``(n, 4r, 4r)``."""
+        fine = self._upscaled(cells)
+        logits = (fine @ kernel.to(fine.dtype)[:, :, None]).to(kernel.dtype)
+        count, side = cells.shape[0], cells.shape[1]
+        logits = logits.reshape(count, side, side, 2, 2, 2, 2)
+        return logits.permute(0, 1, 3, 5, 2, 4, 6).reshape(count, side * CELLS_PER_TOKEN, side * CELLS_PER_TOKEN)
+
+    def alternative_logits(self, cells: Tensor, kernels: Tensor) -> Tensor:
+        """Do the same for m masks of each region: kernels ``(n, C/8, m)`` give ``(n, m, 4r, 4r)``."""
+        fine = self._upscaled(cells)
+        logits = (fine @ kernels.to(fine.dtype)).to(kernels.dtype).transpose(1, 2)
+        masks, side = kernels.shape[2], cells.shape[1]
+        logits = logits.reshape(-1, masks, side, side, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
+        return logits.reshape(-1, masks, side * CELLS_PER_TOKEN, side * CELLS_PER_TOKEN)
+
+    def _upscaled(self, cells: Tensor) -> Tensor:
+        """Upscale region tokens ``(n, r, r, C)`` to 4 x 4 cells each: ``(n, r * r * 16, C/8)``.
+
+        Cells are in the order (y, x) of the tokens, then the (y, x) of the first and of the second upscaling.
+        """
         first, norm, activation, second, _ = self.mask_decoder.output_upscaling
         hidden = activation(_norm(norm, _subcells(cells, first.weight, first.bias)))
         fine: Tensor = activation(_subcells(hidden, second.weight, second.bias))
-        # (n, r, r, 4, 4, c) . (n, c): the two axes of 4 are the (y, x) pairs of the first and of the second upscaling.
-        count, side = cells.shape[0], cells.shape[1]
-        logits = (fine.flatten(1, 4) @ kernel.to(fine.dtype)[:, :, None]).to(kernel.dtype)
-        logits = logits.reshape(count, side, side, 2, 2, 2, 2)
-        return logits.permute(0, 1, 3, 5, 2, 4, 6).reshape(count, side * CELLS_PER_TOKEN, side * CELLS_PER_TOKEN)
+        return fine.flatten(1, 4)
 
     def _placed(self, image: Tensor) -> Tensor:
         """Add the position encoding to image tokens ``(..., P, C)``."""

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX
 from dendsam_deploy.models.box_decoder import BoxDecoderGraph
@@ -79,7 +78,8 @@ class PointDecoderGraph(nn.Module):
         kernels = torch.stack(
             [perceptrons[token](decoded.masks[:, token]) for token in range(1, MASKS_PER_PROMPT + 1)], dim=2
         )
-        return self._mask_logits(decoded.image, kernels), decoded.iou[:, 1:]
+        cells = torch.unflatten(decoded.image, 1, (self.decoder.grid, self.decoder.grid))
+        return self.decoder.alternative_logits(cells, kernels), decoded.iou[:, 1:]
 
     def _tokens(self, points: Tensor, labels: Tensor) -> Tensor:
         """Return the tokens ``(n, p + 1, C)`` of points, the padding that segment_anything appends included."""
@@ -92,23 +92,3 @@ class PointDecoderGraph(nn.Module):
         inside, beside = (position + encoder.point_embeddings[place].weight for place in (_INSIDE, _BESIDE))
         tokens = torch.where(kind == _INSIDE, inside, torch.where(kind == _BESIDE, beside, padding))
         return torch.cat([tokens, padding.expand(points.shape[0], 1, -1)], dim=1)
-
-    def _mask_logits(self, image: Tensor, kernels: Tensor) -> Tensor:
-        """Upscale image tokens ``(n, P, C)`` once and multiply by the kernels ``(n, C/8, m)``: ``(n, m, S/4, S/4)``."""
-        first, norm, activation, second, _ = self.decoder.mask_decoder.output_upscaling
-        hidden = _subcells(image, first)
-        hidden = activation(functional.layer_norm(hidden, hidden.shape[-1:], norm.weight, norm.bias, norm.eps))
-        fine: Tensor = activation(_subcells(hidden, second))
-        # (n, P, 4, 4, c) . (n, c, m): the axes of 4 are the (y, x) pairs of the first and of the second upscaling.
-        logits = (fine.flatten(1, 3) @ kernels).transpose(1, 2)
-        side = self.decoder.grid
-        logits = logits.reshape(-1, MASKS_PER_PROMPT, side, side, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
-        return logits.reshape(-1, MASKS_PER_PROMPT, 4 * side, 4 * side)
-
-
-def _subcells(cells: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
-    """Apply a transposed convolution of kernel = stride = 2 to channels-last cells ``(..., c)``: ``(..., 4, c')``."""
-    bias = layer.bias
-    assert bias is not None, "segment_anything's upscaling has biases"
-    matrix = layer.weight.permute(0, 2, 3, 1).flatten(1)
-    return torch.unflatten(cells @ matrix, -1, (4, len(bias))) + bias

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.models.box_decoder import BoxDecoderGraph, DecodedTokens
     from dendsam_deploy.training.batches import Batch
-    from dendsam_deploy.training.prompted_decoder import Answer, PromptedDecoder
+    from dendsam_deploy.training.prompted_decoder import PromptedDecoder
     from dendsam_deploy.training.samples import Tile
 
 
@@ -104,11 +104,13 @@ class BoxLesson:
         covered = batch.coverage(rows, origin.cpu().numpy() * CELLS_PER_TOKEN, side * CELLS_PER_TOKEN)
         truth = _tensor(covered, device)
         # SAM answers a box with its first mask token and a point with the best of the other three.
-        alternatives = []
-        for token in (1, 2, 3) if batch.use_points else (0,):
-            kernel = self.graph.mask_decoder.output_hypernetworks_mlps[token](decoded.masks[index, token])
-            logits = self.graph.mask_logits(cells, kernel)
-            alternatives.append(mask_losses(logits, truth, decoded.iou[index, token]))
+        tokens = (1, 2, 3) if batch.use_points else (0,)
+        perceptrons = self.graph.mask_decoder.output_hypernetworks_mlps
+        kernels = torch.stack([perceptrons[token](decoded.masks[index, token]) for token in tokens], 2)
+        logits = self.graph.alternative_logits(cells, kernels).unbind(1)
+        alternatives = [
+            mask_losses(mask, truth, decoded.iou[index, token]) for mask, token in zip(logits, tokens, strict=True)
+        ]
         return best_alternative(alternatives)
 
 
@@ -146,13 +148,14 @@ class IterativeLesson:
         """Yield Dice loss and error of the predicted IoU of some objects in one round after the other."""
         device = embeddings.device
         truth = batch.object_masks()
-        target, tile_index = _tensor(truth, device), _tensor(batch.tile_index, device)
+        target, tile_index = _tensor(truth, device).float(), _tensor(batch.tile_index, device)
         sizes = np.array([tile.size_hw for tile in batch.tiles])[batch.tile_index]
         prompts = _first_prompts(batch, device)
         earlier: Tensor | None = None
         for turn in range(self.rounds):
             with_mask = rng.random(len(batch.tiles)) < (self.mask_fraction if turn else 0)
             answers = torch.zeros(len(truth), *([LOGIT_STRIDE_PX * self.decoder.graph.grid] * 2), device=device)
+            masks = np.zeros_like(truth)
             for rows, is_masked in self._groups(with_mask[batch.tile_index]):
                 index = torch.from_numpy(rows).to(device)
                 some = prompts.take(index)
@@ -160,11 +163,15 @@ class IterativeLesson:
                     some = PromptSet(some.points_xy, some.labels, some.boxes_xyxy, earlier[index][:, None])
                 multimask = turn == 0 and batch.use_points
                 answer = self.decoder(embeddings, tile_index[index], some, multimask=multimask)
-                yield self._part(answer, target[index], len(rows) / (len(truth) * self.rounds))
-                answers[index] = answer.likeliest()
+                fine = _upsampled(answer.logits)
+                answers[index] = answer.likeliest(answer.logits)
+                masks[rows] = (answer.likeliest(fine) > 0).cpu().numpy()
+                losses = iterative_losses(fine, target[index], answer.iou)
+                weight = len(rows) / (len(truth) * self.rounds)
+                yield Part((losses.dice + losses.iou_error).mean() * weight, float(losses.iou.mean()), weight)
             earlier = answers
             if turn + 1 < self.rounds:
-                more = corrective_points(truth, _binary(answers), sizes, rng)
+                more = corrective_points(truth, masks, sizes, rng)
                 prompts = prompts.corrected(_tensor(more.points_xy, device), _tensor(more.labels, device))
 
     def _groups(self, is_masked: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.intp], bool]]:
@@ -174,11 +181,6 @@ class IterativeLesson:
             if len(rows):
                 for part in np.array_split(rows, math.ceil(len(rows) / self.objects_at_once)):
                     yield part, kind
-
-    @staticmethod
-    def _part(answer: Answer, target: Tensor, weight: float) -> Part:
-        losses = iterative_losses(_upsampled(answer.logits), target.to(answer.logits.dtype), answer.iou)
-        return Part((losses.dice + losses.iou_error).mean() * weight, float(losses.iou.mean()), weight)
 
 
 def _first_prompts(batch: Batch, device: torch.device) -> PromptSet:
@@ -192,11 +194,6 @@ def _first_prompts(batch: Batch, device: torch.device) -> PromptSet:
 def _upsampled(logits: Tensor) -> Tensor:
     """Bring logits ``(n, m, S/4, S/4)`` to the resolution of the tile, as SAM does."""
     return functional.interpolate(logits, scale_factor=LOGIT_STRIDE_PX, mode="bilinear", align_corners=False)
-
-
-def _binary(logits: Tensor) -> NDArray[np.bool_]:
-    """Return masks of logits ``(n, S/4, S/4)`` at the resolution of the tile; few at a time are upsampled."""
-    return np.concatenate([(_upsampled(part[:, None])[:, 0] > 0).cpu().numpy() for part in torch.split(logits, 8)])
 
 
 def _dense_targets(tiles: Sequence[Tile], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

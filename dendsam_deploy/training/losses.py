@@ -51,7 +51,7 @@ def mask_losses(logits: Tensor, target: Tensor, predicted_iou: Tensor) -> MaskLo
     """
     truth, flat = target.flatten(1), logits.flatten(1)
     cross_entropy = functional.binary_cross_entropy_with_logits(flat, truth, reduction="none").mean(1)
-    iou = _binary_iou(flat, truth)
+    iou = _binary_iou(flat, (truth > 0.5).to(flat.dtype))
     return MaskLosses(_dice_loss(flat, truth, 1.0), cross_entropy, (predicted_iou - iou).square(), iou)
 
 
@@ -77,28 +77,26 @@ def iterative_losses(logits: Tensor, target: Tensor, predicted_iou: Tensor) -> I
     ----------
     As of `mask_losses`; micro_sam/training/sam_trainer.py at github.com/computational-cell-analytics/micro-sam.
     """
-    count, masks = predicted_iou.shape
-    flat = logits.flatten(2).flatten(0, 1)
-    truth = target.flatten(1).repeat_interleave(masks, 0)
-    dice = _dice_loss(flat, truth, 0.0).reshape(count, masks)
-    iou = _binary_iou(flat, truth).reshape(count, masks)
+    flat, truth = logits.flatten(2), target.flatten(1)[:, None]
+    dice, iou = _dice_loss(flat, truth, 0.0), _binary_iou(flat, truth)
     least, which = dice.min(1)
     return IterativeLosses(least, (predicted_iou - iou).square().mean(1), iou.gather(1, which[:, None])[:, 0])
 
 
 def _dice_loss(logits: Tensor, truth: Tensor, smoothing: float) -> Tensor:
-    """Return the soft Dice loss (n,) of masks (n, p)."""
+    """Return the soft Dice loss ``(...)`` of masks ``(..., p)``; products and sums are dot products, made in one go."""
     probability = logits.sigmoid()
-    overlap = 2 * (probability * truth).sum(1) + smoothing
-    total = probability.square().sum(1) + truth.square().sum(1) + smoothing
+    overlap = 2 * torch.linalg.vecdot(probability, truth) + smoothing
+    total = torch.linalg.vecdot(probability, probability) + torch.linalg.vecdot(truth, truth) + smoothing
     return 1 - overlap / total.clamp(min=1e-7)
 
 
 @torch.no_grad()
 def _binary_iou(logits: Tensor, truth: Tensor) -> Tensor:
-    """Return the IoU (n,) of masks (n, p), cut at logit 0, with the truth, cut at one half."""
-    inside, object_ = logits > 0, truth > 0.5
-    return (inside & object_).sum(1) / (inside | object_).sum(1).clamp(min=1)
+    """Return the IoU ``(...)`` of masks ``(..., p)``, cut at logit 0, with the truth, 0 or 1."""
+    inside = (logits > 0).to(truth.dtype)
+    overlap = torch.linalg.vecdot(inside, truth)
+    return overlap / (inside.sum(-1) + truth.sum(-1) - overlap).clamp(min=1)
 
 
 def best_alternative(alternatives: list[MaskLosses]) -> MaskLosses:

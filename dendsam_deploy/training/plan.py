@@ -29,6 +29,9 @@ HALF_TYPES: dict[PrecisionName, torch.dtype | None] = {"fp32": None, "bf16": tor
 EFFECTIVE_TILES = 4
 """Least tiles that a step of ``boxes`` on a GPU learns from, over several passes where memory is short."""
 
+CPU_OBJECTS_AT_ONCE = 8
+"""Objects that a CPU decodes together in a round of interactive training: more leave its caches and take longer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rung:
@@ -155,7 +158,7 @@ def plan_training(sam: Sam, options: SamTrainingOptions, *, is_young: bool) -> T
     rung = PRESETS[name]
     checkpointing = rung.checkpointing if options.checkpointing is None else options.checkpointing
     checkpointing = checkpointing and bool(encoder_blocks(sam))
-    at_once = min(objects, rung.objects_at_once) if options.protocol == "published" else objects
+    at_once = _at_once(options, rung, objects)
     per_tile = memory.tile(at_once, checkpointing=checkpointing, half=precision != "fp32")
     tiles = options.tiles_per_step or _tiles(options, rung, memory, free, per_tile)
     peak = {"decoder": 1e-5, "whole": 1e-5, "lora": 1e-4}[options.train]
@@ -196,13 +199,21 @@ def _choose_rung(
     if free is None:
         return "small"
     for name, rung in PRESETS.items():
-        at_once = min(objects, rung.objects_at_once) if options.protocol == "published" else objects
+        at_once = _at_once(options, rung, objects)
         checkpointing = rung.checkpointing if options.checkpointing is None else options.checkpointing
         tile = memory.tile(at_once, checkpointing=checkpointing and bool(encoder_blocks(sam)), half=half)
         least = min(rung.most_tiles, 2) if torch.device(options.device).type == "cuda" else 1
         if tiles_that_fit(free, memory.fixed + (least - 1) * tile, tile, at_least=0):
             return name
     return "smallest"
+
+
+def _at_once(options: SamTrainingOptions, rung: Rung, objects: int) -> int:
+    """Return how many of a tile's objects to decode together."""
+    if options.protocol != "published":
+        return objects
+    on_cpu = torch.device(options.device).type == "cpu"
+    return min(objects, rung.objects_at_once, CPU_OBJECTS_AT_ONCE if on_cpu else objects)
 
 
 def _tiles(options: SamTrainingOptions, rung: Rung, memory: StepMemory, free: int | None, per_tile: int) -> int:

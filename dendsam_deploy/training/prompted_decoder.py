@@ -1,6 +1,6 @@
 """SAM's decoder for training with every kind of prompt: points, boxes, and the mask of an earlier answer.
 
-It runs on segment_anything's own prompt encoder and upscaling, and on the two-way transformer of the deployed graph,
+It runs on segment_anything's own prompt encoder and on the two-way transformer and the upscaling of the deployed graph,
 which shares their parameters and does the same arithmetic in a cheaper order. So what is trained here is what is
 deployed, and also what `SamPredictor` computes.
 """
@@ -11,8 +11,6 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-
-from dendsam_deploy.models.box_decoder import CELLS_PER_TOKEN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,10 +28,10 @@ class Answer(NamedTuple):
     logits: Tensor
     iou: Tensor
 
-    def likeliest(self) -> Tensor:
-        """Return, without a way back, the logits (n, S/4, S/4) of the masks that the model itself thinks best of."""
+    def likeliest(self, masks: Tensor) -> Tensor:
+        """Return, without a way back, of `masks` (n, m, h, w) those (n, h, w) that the model itself thinks best of."""
         best = self.iou.detach().argmax(1)
-        return self.logits.detach()[torch.arange(len(best), device=best.device), best]
+        return masks.detach()[torch.arange(len(best), device=best.device), best]
 
 
 class PromptedDecoder:
@@ -78,9 +76,7 @@ class PromptedDecoder:
             embeddings = embeddings[tile_index] + (dense - no_mask)
             tile_index = torch.arange(len(tile_index), device=tile_index.device)
         decoded = graph.decode_prompts(embeddings, sparse, tile_index)
-        cells = torch.unflatten(decoded.image.transpose(1, 2), 2, (graph.grid, graph.grid))
-        fine = decoder.output_upscaling(cells)
-        kernels = torch.stack([decoder.output_hypernetworks_mlps[k](decoded.masks[:, k]) for k in tokens], 1)
-        side = graph.grid * CELLS_PER_TOKEN
-        logits = torch.unflatten(kernels @ fine.flatten(2), 2, (side, side))
+        cells = torch.unflatten(decoded.image, 1, (graph.grid, graph.grid))
+        kernels = torch.stack([decoder.output_hypernetworks_mlps[k](decoded.masks[:, k]) for k in tokens], 2)
+        logits = graph.alternative_logits(cells, kernels)
         return Answer(logits.float(), decoded.iou[:, list(tokens)].float())

@@ -90,7 +90,7 @@ class TestDecoder:
         answer = PromptedDecoder(BoxDecoderGraph(sam))(
             embeddings, torch.tensor([0, 1, 1]), KINDS["point"], multimask=True
         )
-        chosen = answer.likeliest()
+        chosen = answer.likeliest(answer.logits)
         for row in range(3):
             assert torch.equal(chosen[row], answer.logits[row, int(answer.iou[row].argmax())])
         assert not chosen.requires_grad
