@@ -5,6 +5,14 @@ from pathlib import Path
 
 import pytest
 
+LONGEST_FILES = ("test_readme.py", "test_detector_training.py", "test_command_rounds.py", "test_rounds.py")
+"""Minutes each; begun first, so that no worker is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files; otherwise keep the order."""
+    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
