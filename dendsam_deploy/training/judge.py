@@ -221,7 +221,8 @@ def _point_scores(decoder: BoxDecoderGraph, embeddings: Tensor, judged: JudgedTi
         labels = torch.ones(len(some), 1, dtype=torch.int64, device=device)
         prompts = PromptSet(torch.from_numpy(points[some]).to(device), labels)
         index = torch.zeros(len(some), dtype=torch.int64, device=device)
-        logits = PromptedDecoder(decoder)(embeddings, index, prompts, multimask=True).likeliest()
+        answer = PromptedDecoder(decoder)(embeddings, index, prompts, multimask=True)
+        logits = answer.likeliest(answer.logits)
         masks = functional.interpolate(logits[None], scale_factor=LOGIT_STRIDE_PX, mode="bilinear")[0] > 0
         for mask, number in zip(masks.cpu().numpy(), objects.numbers[some], strict=True):
             found, true = mask[:height, :width], tile.objects[:height, :width] == number
