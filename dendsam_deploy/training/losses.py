@@ -88,7 +88,8 @@ def _dice_loss(logits: Tensor, truth: Tensor, smoothing: float) -> Tensor:
     probability = logits.sigmoid()
     overlap = 2 * torch.linalg.vecdot(probability, truth) + smoothing
     total = torch.linalg.vecdot(probability, probability) + torch.linalg.vecdot(truth, truth) + smoothing
-    return 1 - overlap / total.clamp(min=1e-7)
+    loss: Tensor = 1 - overlap / total.clamp(min=1e-7)
+    return loss
 
 
 @torch.no_grad()
@@ -96,7 +97,8 @@ def _binary_iou(logits: Tensor, truth: Tensor) -> Tensor:
     """Return the IoU ``(...)`` of masks ``(..., p)``, cut at logit 0, with the truth, 0 or 1."""
     inside = (logits > 0).to(truth.dtype)
     overlap = torch.linalg.vecdot(inside, truth)
-    return overlap / (inside.sum(-1) + truth.sum(-1) - overlap).clamp(min=1)
+    iou: Tensor = overlap / (inside.sum(-1) + truth.sum(-1) - overlap).clamp(min=1)
+    return iou
 
 
 def best_alternative(alternatives: list[MaskLosses]) -> MaskLosses:
