@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.cli.console import Console
     from dendsam_deploy.evaluate.comparison_report import Comparison
+    from dendsam_deploy.evaluate.point_grid import GridCounts
 
 SETTINGS = Settings("dendsam_deploy.evaluate.labelled_slices:CompareOptions")
 
@@ -52,9 +53,19 @@ SHOWN = ("oce", "pq", "sq", "dq", "s_inst", "msa", "sa50", "sa75", "dice")
 @SETTINGS.option("--min-area", "min_area_px", float, "Least px of an object of the truth.  [default: the bundle's]")
 @SETTINGS.option("--points", "points", click.IntRange(1, 20), "Clicks on each object in the row of several points.")
 @SETTINGS.option("--grid", "grid_points", click.IntRange(1, 256), "Points along each side of a tile.")
-@SETTINGS.option("--grid-iou", "grid_iou", click.FloatRange(0, 1), "Least predicted IoU of a mask of the grid.")
-@SETTINGS.option("--grid-stability", "grid_stability", click.FloatRange(0, 1), "Least stability of such a mask.")
+@SETTINGS.option(
+    "--grid-iou", "grid_iou", click.FloatRange(0, 1), "Least predicted IoU of a mask of the grid.  [default: 0.88]"
+)
+@SETTINGS.option(
+    "--grid-stability", "grid_stability", click.FloatRange(0, 1), "Least stability of such a mask.  [default: 0.95]"
+)
 @SETTINGS.option("--grid-nms", "grid_nms", click.FloatRange(0, 1), "Largest IoU of the boxes of two such masks.")
+@SETTINGS.option(
+    "--grid-slices",
+    "grid_slices",
+    SLICES,
+    "Choose the two thresholds, unless given, on these labelled slices, which are not judged: the best mean S_inst.",
+)
 @SETTINGS.option(
     "--curve-repeats", "curve_repeats", click.IntRange(0), "Draws at each level of box error; 0 leaves the curve out."
 )
@@ -119,13 +130,21 @@ def comparison_text(comparison: Comparison) -> str:
             if row.relative:
                 changes = "".join(f"{change_text(row.relative[name]):>9}" for name in SHOWN)
                 lines.append(f"{'':<22}{changes}")
-            if row.grid is not None and not row.grid.distinct:
-                lines.append(
-                    f"  nothing passed: predicted IoU at most {row.grid.highest_iou:.2f}; lower --grid-iou or "
-                    "--grid-stability"
-                )
+            if row.grid is not None:
+                lines.append(f"  {grid_text(row.grid)}")
         lines.append("")
     if len(comparison.bundles) > 1:
         lines.append(f"per cents: against {comparison.bundles[0].name}; of errors, the change of 1 - error")
     lines += [f"{curve.bundle}: {curve.verdict}" for curve in comparison.curves]
     return "\n".join(lines).rstrip()
+
+
+def grid_text(grid: GridCounts) -> str:
+    """Write the thresholds of a grid and what passed them."""
+    limits = f"predicted IoU above {grid.predicted_iou:g}, stability {grid.stability:g} or more"
+    if grid.distinct:
+        return f"{limits}: {grid.distinct} of {grid.masks} masks"
+    return (
+        f"{limits}: nothing passed, no predicted IoU is above {grid.highest_iou:.2f}; lower --grid-iou and "
+        "--grid-stability, or let --grid-slices choose them"
+    )

@@ -61,12 +61,14 @@ def read_jitter(text: str) -> tuple[float, float]:
 
 
 def _of_protocols(field: str) -> str:
-    """Write the default of an option that depends on the protocol."""
+    """Write the default of an option that depends on the protocol, and on whether the model is ``tiny``."""
     texts = []
     for name, defaults in PROTOCOLS.items():
         value = getattr(defaults, field)
         numbers = value if isinstance(value, tuple) else (value,)
-        texts.append(f"{name}: " + ",".join(f"{n:g}" if isinstance(n, float) else str(n) for n in numbers))
+        text = f"{name}: " + ",".join(f"{n:g}" if isinstance(n, float) else str(n) for n in numbers)
+        young = getattr(defaults.young, field, value)
+        texts.append(text if young == value else f"{text}, of tiny {young}")
     return f"  [default: {'; '.join(texts)}]"
 
 
@@ -109,7 +111,9 @@ _PRESET_HELP = "Memory that a step may take; auto plans it from what is free, an
 @SCHEDULE.option(
     "--exact-fraction", "exact_fraction", click.FloatRange(0, 1), f"Boxes left exact.{_of_protocols('exact_fraction')}"
 )
-@SCHEDULE.option("--learning-rate", "learning_rate", POSITIVE, "Peak rate.  [default: 1e-5, lora 1e-4, tiny 4e-4]")
+@SCHEDULE.option(
+    "--learning-rate", "learning_rate", POSITIVE, "Peak rate.  [default: 1e-5; lora 1e-4; tiny 4e-4, published 2e-4]"
+)
 @SCHEDULE.option("--rate", "rate", click.Choice(RATE_NAMES), f"How it falls.{_of_protocols('rate')}")
 @SCHEDULE.option("--clip-norm", "clip_norm", POSITIVE, f"Largest norm of a gradient.{_of_protocols('clip_norm')}")
 @SCHEDULE.option("--preset", "preset", click.Choice(PRESET_NAMES), _PRESET_HELP)

@@ -18,6 +18,7 @@ from dendsam_deploy.evaluate.box_error_curve import (
     measure_boxes,
 )
 from dendsam_deploy.evaluate.comparison_report import ComparedBundle, ComparisonRow, ShownSlice, relative_changes
+from dendsam_deploy.evaluate.grid_choice import best_grid
 from dendsam_deploy.evaluate.point_grid import GridCounts
 from dendsam_deploy.evaluate.prompt_sources import NEEDS, SOURCES, Bench
 from dendsam_deploy.evaluate.score_report import EvaluateOptions
@@ -29,7 +30,7 @@ from dendsam_deploy.pipeline.segment import make_recipe
 from dendsam_deploy.runtimes.session import Session, open_session
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -72,7 +73,17 @@ class BundleRun:
         self._grids: list[GridCounts] = []
         self._box_errors: list[BoxErrors] = []
         self._jittered: list[list[list[ObjectScores]]] = []
+        self._prompting = options.prompting
         self.shown: ShownSlice | None = None
+
+    def choose_grid(self, truths: Iterable[TrueSlice]) -> None:
+        """Choose what the options leave open of the thresholds of the grid, on slices that are not judged."""
+        if "point_grid" not in self.sources:
+            return
+        benches = (Bench.of_slice(self.session, self._recipe, truth) for truth in truths)
+        options = self.slices.options
+        grid = best_grid(benches, options.prompting.grid, (options.grid_iou, options.grid_stability), self._score)
+        self._prompting = replace(options.prompting, grid=grid)
 
     def add(self, truth: TrueSlice) -> None:
         """Segment and score the next slice."""
@@ -80,7 +91,7 @@ class BundleRun:
         bench = Bench.of_slice(self.session, self._recipe, truth)
         painted: dict[str, NDArray[np.uint32]] = {}
         for source in self.sources:
-            result = SOURCES[source](bench, options.prompting)
+            result = SOURCES[source](bench, self._prompting)
             painted[source] = result.labels
             self._tallies[source].add(truth.z, self._table(truth, result.labels))
             self._seconds[source] += result.seconds
@@ -138,13 +149,17 @@ class BundleRun:
         """Lay labels over the truth; what is not judged is left out."""
         return ContingencyTable.from_labels(truth.components, labels).without_truth(truth.void)
 
+    def _score(self, truth: TrueSlice, labels: NDArray[np.uint32]) -> ObjectScores:
+        """Score the labels of one slice."""
+        table = self._table(truth, labels)
+        return score_objects(table.without_unannotated() if self.slices.options.sparse_truth else table)
+
     def _curve_of(self, bench: Bench) -> list[list[ObjectScores]]:
         """Score jittered boxes of a slice: all repetitions, by level."""
         options = self.slices.options
         scores: list[list[ObjectScores]] = [[] for _ in JITTERS]
         for level, boxes in jittered_boxes(bench.truth, options.seed, options.curve_repeats):
-            table = self._table(bench.truth, bench.paint_boxes(boxes))
-            scores[level].append(score_objects(table.without_unannotated() if options.sparse_truth else table))
+            scores[level].append(self._score(bench.truth, bench.paint_boxes(boxes)))
         return scores
 
 
@@ -179,6 +194,8 @@ def _summed(counts: Sequence[GridCounts]) -> GridCounts:
         stable=sum(each.stable for each in counts),
         distinct=sum(each.distinct for each in counts),
         highest_iou=max(each.highest_iou for each in counts),
+        predicted_iou=counts[0].predicted_iou,
+        stability=counts[0].stability,
     )
 
 

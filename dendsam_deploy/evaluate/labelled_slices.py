@@ -40,8 +40,11 @@ class CompareOptions:
         from the first bundle.
     points : int
         Clicks on each object in the row of several points.
-    grid_points, grid_iou, grid_stability, grid_nms : int, float, float, float
-        The grid of points, see `point_grid.GridOptions`.
+    grid_points, grid_iou, grid_stability, grid_nms : int, float or None, float or None, float
+        The grid of points, see `point_grid.GridOptions`, which has the defaults of what is None.
+    grid_slices : (int, int) or None
+        Labelled slices on which those of the two thresholds that are None are chosen for each bundle, see
+        `grid_choice`. They are not judged.
     curve_repeats : int
         Draws of boxes at each level of the curve of quality against box error; 0 leaves the curve out.
     voxel_size_nm : (float, float, float) or None
@@ -61,9 +64,10 @@ class CompareOptions:
     min_area_px: float | None = None
     points: int = 3
     grid_points: int = 32
-    grid_iou: float = 0.88
-    grid_stability: float = 0.95
+    grid_iou: float | None = None
+    grid_stability: float | None = None
     grid_nms: float = 0.7
+    grid_slices: tuple[int, int] | None = None
     curve_repeats: int = 2
     voxel_size_nm: tuple[float, float, float] | None = None
     zoom: float | None = None
@@ -90,8 +94,9 @@ class CompareOptions:
     @property
     def prompting(self) -> SourceOptions:
         """How prompts are made."""
-        grid = GridOptions(self.grid_points, self.grid_iou, self.grid_stability, nms_iou=self.grid_nms)
-        return SourceOptions(self.points, grid)
+        given = {"predicted_iou": self.grid_iou, "stability": self.grid_stability}
+        thresholds = {name: value for name, value in given.items() if value is not None}
+        return SourceOptions(self.points, GridOptions(self.grid_points, nms_iou=self.grid_nms, **thresholds))
 
     def to_document(self) -> dict[str, object]:
         """Return the options as JSON values, without what the graphs run on."""
@@ -102,11 +107,15 @@ class CompareOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledStack:
-    """The slices of a volume that are compared, and by which rules their truth is read."""
+    """The slices of a volume that are compared, and by which rules their truth is read.
+
+    On `choosing`, which are none of those, the thresholds of a grid are chosen.
+    """
 
     raw: VolumeReader
     labels: VolumeReader
     chosen: tuple[int, ...]
+    choosing: tuple[int, ...]
     least_px: float
     options: CompareOptions
 
@@ -122,18 +131,28 @@ class LabelledStack:
                 f"{labels.info.source}: {found} voxels (z, y, x), but {raw.info.source} has {expected}; crop one of "
                 "them"
             )
-        first, stop = options.slices or (0, depth)
-        if not 0 <= first < stop <= depth:
+        for first, stop in filter(None, (options.slices, options.grid_slices)):
+            if not 0 <= first < stop <= depth:
+                raise InvalidArgumentError(
+                    f"{raw.info.source}: slices {first}:{stop} are not within its {depth} slices, 0:{depth}"
+                )
+        choosing = tuple(range(*options.grid_slices)) if options.grid_slices else ()
+        if options.slices:
+            chosen = tuple(range(*options.slices))
+        else:
+            left = [z for z in range(depth) if z not in choosing]
+            if not left:
+                raise InvalidArgumentError(f"--grid-slices leaves none of the {depth} slices to be judged; take fewer")
+            chosen = tuple(sorted({left[int((index + 0.5) * len(left) / _FEW_SLICES)] for index in range(_FEW_SLICES)}))
+        if overlap := set(chosen) & set(choosing):
             raise InvalidArgumentError(
-                f"{raw.info.source}: slices {first}:{stop} are not within its {depth} slices, 0:{depth}"
+                f"slice {min(overlap)} would be judged and choose the thresholds of the grid; let --slices and "
+                "--grid-slices lie apart"
             )
-        chosen = tuple(range(first, stop))
-        if options.slices is None:
-            chosen = tuple(sorted({int((index + 0.5) * depth / _FEW_SLICES) for index in range(_FEW_SLICES)}))
         options = replace(options, voxel_size_nm=options.voxel_size_nm or raw.info.voxel_size_nm)
         recipe = make_recipe((height, width), manifest, options.slice_options)
         least_px = recipe.paint.min_area_px if options.min_area_px is None else options.min_area_px
-        return cls(raw, labels, chosen, least_px, options)
+        return cls(raw, labels, chosen, choosing, least_px, options)
 
     def read(self, z: int) -> TrueSlice:
         """Read a slice and its truth."""

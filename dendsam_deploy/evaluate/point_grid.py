@@ -76,7 +76,8 @@ class GridOptions:
 class GridCounts:
     """How many points were asked about in a slice, and how many masks were left after each filter.
 
-    `highest_iou` is the highest predicted IoU of all masks, so that a threshold which nothing reaches can be set right.
+    `highest_iou` is the highest predicted IoU of all masks, so that a threshold which nothing reaches can be set right;
+    `predicted_iou` and `stability` are the thresholds.
     """
 
     points: int
@@ -85,6 +86,8 @@ class GridCounts:
     stable: int
     distinct: int
     highest_iou: float
+    predicted_iou: float
+    stability: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,13 +111,56 @@ class GridMasks:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Candidate:
-    """A mask that passed the filters: its box in whole slice px, both ends included as in segment_anything."""
+    """A mask of the grid: its box in whole slice px, both ends included as in segment_anything."""
 
     logits: NDArray[np.float32]
     origin_yx: tuple[int, int]
     tile: int
     predicted_iou: float
+    stability: float
     box_xyxy: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GridCandidates:
+    """The masks of a slice before their last filters, which can be set to any stricter thresholds.
+
+    Parameters
+    ----------
+    points : int
+        Points that were asked about.
+    predicted_iou : ndarray, shape (3 * points,), float32
+        Of all their masks.
+    candidates : tuple
+        Those that passed the thresholds that they were looked for with.
+    """
+
+    points: int
+    predicted_iou: NDArray[np.float32]
+    candidates: tuple[_Candidate, ...]
+
+    def chosen(self, options: GridOptions) -> GridMasks:
+        """Return what passes the thresholds of `options`, which are no lower than those of the search."""
+        confident = int(np.count_nonzero(self.predicted_iou > options.predicted_iou))
+        stable = [
+            candidate
+            for candidate in self.candidates
+            if candidate.predicted_iou > options.predicted_iou and candidate.stability >= options.stability
+        ]
+        boxes = np.array([candidate.box_xyxy for candidate in stable], np.float32).reshape(-1, 4)
+        scores = np.array([candidate.predicted_iou for candidate in stable], np.float32)
+        kept = [stable[i] for i in suppress_duplicates(Detections(boxes, scores), options.nms_iou).tolist()]
+        counts = GridCounts(
+            points=self.points,
+            masks=len(self.predicted_iou),
+            confident=confident,
+            stable=len(stable),
+            distinct=len(kept),
+            highest_iou=float(self.predicted_iou.max(initial=0)),
+            predicted_iou=options.predicted_iou,
+            stability=options.stability,
+        )
+        return GridMasks(_as_detections(kept), _as_masks(kept), counts)
 
 
 def find_grid_masks(
@@ -135,8 +181,16 @@ def find_grid_masks(
     options : GridOptions
         How many clicks, and what is kept.
     """
+    return find_grid_candidates(embeddings, decoder, plan, mask_logit, options).chosen(options)
+
+
+def find_grid_candidates(
+    embeddings: Embeddings, decoder: Runner, plan: TilePlan, mask_logit: float, options: GridOptions
+) -> GridCandidates:
+    """Ask about the points of a grid, and keep the masks that pass both thresholds; parameters as `find_grid_masks`."""
     candidates: list[_Candidate] = []
-    points, confident, highest = 0, 0, 0.0
+    predicted = [np.zeros(0, np.float32)]
+    points = 0
     for number, tile in enumerate(plan.tiles):
         grid = grid_points(tile, plan.tile_size_px, options.points_per_side)
         points += len(grid)
@@ -144,16 +198,11 @@ def find_grid_masks(
             some = grid[start : start + prompts_per_call(decoder), None]
             index = np.full(len(some), number, np.int64)
             outputs = run_points(decoder, embeddings, some, np.ones((len(some), 1), np.int64), index)
-            highest = max(highest, float(outputs.iou.max()))
+            predicted.append(outputs.iou.ravel())
             sure = outputs.iou > options.predicted_iou
-            confident += int(np.count_nonzero(sure))
             # Only those that pass are held; all masks of a tile would be 800 MB at 1024 px.
             candidates += _stable(outputs.logits[sure], outputs.iou[sure], number, plan, (mask_logit, options))
-    boxes = np.array([candidate.box_xyxy for candidate in candidates], np.float32).reshape(-1, 4)
-    scores = np.array([candidate.predicted_iou for candidate in candidates], np.float32)
-    kept = [candidates[i] for i in suppress_duplicates(Detections(boxes, scores), options.nms_iou).tolist()]
-    counts = GridCounts(points, 3 * points, confident, len(candidates), len(kept), highest)
-    return GridMasks(_as_detections(kept), _as_masks(kept), counts)
+    return GridCandidates(points, np.concatenate(predicted), tuple(candidates))
 
 
 def grid_points(tile: Tile, tile_size_px: int, points_per_side: int) -> NDArray[np.float32]:
@@ -198,7 +247,8 @@ def _stable(
     for index, patch in enumerate(upsample_masks(several, plan, threshold - offset)):
         low = np.count_nonzero(patch.logits > threshold - offset)
         high = np.count_nonzero(patch.logits > threshold + offset)
-        if not low or high / low < options.stability:
+        stability = high / low if low else 0.0
+        if not low or stability < options.stability:
             continue
         mask = patch.logits > threshold
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -207,7 +257,7 @@ def _stable(
         y, x = patch.window.y0, patch.window.x0
         box = int(x + columns[0]), int(y + rows[0]), int(x + columns[-1]), int(y + rows[-1])
         cut, origin = _cropped(logits[index], threshold)
-        yield _Candidate(cut, origin, tile, float(predicted_iou[index]), box)
+        yield _Candidate(cut, origin, tile, float(predicted_iou[index]), stability, box)
 
 
 def _cropped(logits: NDArray[np.float32], threshold: float) -> tuple[NDArray[np.float32], tuple[int, int]]:

@@ -57,6 +57,9 @@ def compare_prompts(
         steps = len(runs) * len(slices.chosen)
         for number, run in enumerate(runs):
             with run.session:
+                if slices.choosing:
+                    progress(Progress("compare", number * len(slices.chosen), steps, f"{run.name}, the grid"))
+                    run.choose_grid(slices.read(z) for z in slices.choosing)
                 for done, z in enumerate(slices.chosen, start=number * len(slices.chosen)):
                     progress(Progress("compare", done, steps, f"{run.name}, slice {z}"))
                     run.add(slices.read(z))

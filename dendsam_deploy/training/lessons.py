@@ -77,12 +77,8 @@ class BoxLesson:
         """Yield one part: Dice loss, twice the cross entropy, error of the predicted IoU, and the hints."""
         losses = self._mask_losses(embeddings, batch)
         loss = (losses.dice + 2 * losses.cross_entropy + losses.iou_error).mean()
-        # A hint speaks of every pixel, so it would call an object without a label background.
-        dense = [index for index in range(len(batch.tiles)) if index not in batch.sparse]
-        if self.hints is not None and dense:
-            tiles = [batch.tiles[index] for index in dense]
-            loss = loss + 0.5 * self.hints(embeddings[dense], *_dense_targets(tiles, embeddings.device))
-        yield Part(loss, float(losses.iou.mean()), 1.0)
+        hints = _hint_loss(self.hints, embeddings, batch)
+        yield Part(loss if hints is None else loss + hints, float(losses.iou.mean()), 1.0)
 
     def _mask_losses(self, embeddings: Tensor, batch: Batch) -> MaskLosses:
         """Decode every prompt of a batch and compare with the truth, object by object."""
@@ -132,6 +128,8 @@ class IterativeLesson:
         How often an answer after the first is given the one before.
     objects_at_once : int
         Objects whose masks are in memory together.
+    hints : DenseHints or None
+        As of `BoxLesson`.
 
     References
     ----------
@@ -143,9 +141,13 @@ class IterativeLesson:
     rounds: int = 8
     mask_fraction: float = 0.5
     objects_at_once: int = 32
+    hints: DenseHints | None = None
 
     def parts(self, embeddings: Tensor, batch: Batch, rng: np.random.Generator) -> Iterator[Part]:
-        """Yield Dice loss and error of the predicted IoU of some objects in one round after the other."""
+        """Yield Dice loss and error of the predicted IoU of some objects in one round after the other; hints first."""
+        hints = _hint_loss(self.hints, embeddings, batch)
+        if hints is not None:
+            yield Part(hints, 0.0, 0.0)
         device = embeddings.device
         truth = batch.object_masks()
         target, tile_index = _tensor(truth, device).float(), _tensor(batch.tile_index, device)
@@ -181,6 +183,16 @@ class IterativeLesson:
             if len(rows):
                 for part in np.array_split(rows, math.ceil(len(rows) / self.objects_at_once)):
                     yield part, kind
+
+
+def _hint_loss(hints: DenseHints | None, embeddings: Tensor, batch: Batch) -> Tensor | None:
+    """Return the loss of the hints on those tiles of a batch that are labelled densely, where there are any."""
+    # A hint speaks of every pixel, so it would call an object without a label background.
+    dense = [index for index in range(len(batch.tiles)) if index not in batch.sparse]
+    if hints is None or not dense:
+        return None
+    loss: Tensor = hints(embeddings[dense], *_dense_targets([batch.tiles[i] for i in dense], embeddings.device))
+    return 0.5 * loss
 
 
 def _first_prompts(batch: Batch, device: torch.device) -> PromptSet:

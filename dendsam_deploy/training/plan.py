@@ -153,7 +153,7 @@ def plan_training(sam: Sam, options: SamTrainingOptions, *, is_young: bool) -> T
     if device.type == "cuda":  # where the weights are not yet
         weights = sum(value.numel() * value.element_size() for value in sam.parameters())
         memory = memory._replace(fixed=memory.fixed + weights)
-    objects = options.objects_per_tile or defaults.objects_per_tile
+    objects = options.objects_per_tile or (defaults.young if is_young else defaults).objects_per_tile
     name = _choose_rung(sam, options, memory, free, objects, half=precision != "fp32")
     rung = PRESETS[name]
     checkpointing = rung.checkpointing if options.checkpointing is None else options.checkpointing
@@ -171,12 +171,12 @@ def plan_training(sam: Sam, options: SamTrainingOptions, *, is_young: bool) -> T
         objects_at_once=at_once,
         precision=precision,
         checkpointing=checkpointing,
-        learning_rate=options.learning_rate or (4e-4 if is_young else peak),
+        learning_rate=options.learning_rate or (defaults.young.learning_rate if is_young else peak),
         rate=options.rate or defaults.rate,
         clip_norm=options.clip_norm or defaults.clip_norm,
         box_jitter=defaults.box_jitter if options.box_jitter is None else options.box_jitter,
         exact_fraction=defaults.exact_fraction if options.exact_fraction is None else options.exact_fraction,
-        average_decay=defaults.average_decay,
+        average_decay=(defaults.young if is_young else defaults).average_decay,
         weight_decay=defaults.weight_decay,
         second_moment=defaults.second_moment,
         needed_bytes=memory.fixed + tiles * per_tile,

@@ -57,8 +57,8 @@ class SamTrainer:
     options : SamTrainingOptions
         Schedule, protocol and batch.
     with_hints : bool
-        For encoders that start from little: a higher learning rate, and with the protocol ``boxes`` borders and object
-        centres as further targets of the encoder.
+        For encoders that start from little: a higher learning rate, and borders and object centres as further targets
+        of the encoder.
     team : Team
         The processes that train together.
 
@@ -91,7 +91,7 @@ class SamTrainer:
             recompute_blocks(sam)
         sam.to(self.device)
         self.encoder, self.decoder = ImageEncoderGraph(sam), BoxDecoderGraph(sam).to(self.device)
-        self.hints = DenseHints(256).to(self.device) if with_hints and options.protocol == "boxes" else None
+        self.hints = DenseHints(256).to(self.device) if with_hints else None
         trained = [*sam.parameters(), *(self.hints.parameters() if self.hints else ())]
         self._trained = [parameter for parameter in trained if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(
@@ -196,7 +196,8 @@ class SamTrainer:
         if self.plan.protocol == "boxes":
             return BoxLesson(self.decoder, self.hints)
         decoder = PromptedDecoder(self.decoder, HALF_TYPES[self.plan.precision])
-        return IterativeLesson(decoder, self.options.rounds, self.options.mask_fraction, self.plan.objects_at_once)
+        options, at_once = self.options, self.plan.objects_at_once
+        return IterativeLesson(decoder, options.rounds, options.mask_fraction, at_once, self.hints)
 
     def _course(self, resume: TrainingState | None) -> Course:
         """Begin, or go on where a run stopped."""

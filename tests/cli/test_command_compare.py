@@ -62,7 +62,7 @@ def test_one_row_is_enough(run, discs, bundle) -> None:
 def test_a_grid_that_keeps_nothing_says_why(run, discs, bundle) -> None:
     words = ("--prompts", "point_grid", "--slices", "0:1", "--grid", 2, "--grid-iou", 1, "--curve-repeats", 0)
     outcome = run("compare", discs / "raw.tif", discs / "labels.tif", "-b", bundle, *words, "--threads", 1)
-    assert "nothing passed: predicted IoU at most" in outcome.out
+    assert "nothing passed, no predicted IoU is above" in outcome.out
     assert "lower --grid-iou" in outcome.out
 
 

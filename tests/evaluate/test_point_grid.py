@@ -181,7 +181,7 @@ def test_options_out_of_range_are_refused(options):
 
 
 class Careless:
-    """The filters with one of them left out or wrong."""
+    """A filter that asks for something else."""
 
     def __init__(self, **changes):
         self.changes = changes
@@ -192,8 +192,11 @@ class Careless:
         return self.judge(logits, predicted_iou, tile, plan, (threshold, dataclasses.replace(options, **self.changes)))
 
 
-@pytest.mark.parametrize("changes", [{"stability": 0.0}, {"stability_offset": 0.5}])
-def test_a_wrong_filter_would_show(sam, monkeypatch, changes):
+def test_a_wrong_filter_would_show(sam, monkeypatch):
     expected = len(generated(sam, IMAGE, CASES[0]))
-    monkeypatch.setattr(grid_module, "_stable", Careless(**changes))
+    for changes in ({"predicted_iou": 0.0, "nms_iou": 1.0}, {"stability": 0.0}):
+        careless = dataclasses.replace(CASES[0], **changes)
+        found = find_grid_masks(embedded(sam, IMAGE), decoder_of(sam), one_tile(), 0.0, careless)
+        assert found.counts.distinct != expected
+    monkeypatch.setattr(grid_module, "_stable", Careless(stability_offset=0.5))
     assert find_grid_masks(embedded(sam, IMAGE), decoder_of(sam), one_tile(), 0.0, CASES[0]).counts.distinct != expected

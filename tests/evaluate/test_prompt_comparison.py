@@ -184,6 +184,23 @@ def test_volumes_that_do_not_fit_and_slices_that_are_not_there_are_refused(expor
         compare_prompts(stack / "raw.tif", stack / "labels.tif", [], QUICK)
 
 
+def test_thresholds_of_the_grid_are_chosen_on_other_slices(exported, stack):
+    options = replace(QUICK, sources=("point_grid",), grid_iou=None, grid_stability=0.9, curve_repeats=0)
+    files = stack / "raw.tif", stack / "labels.tif", [exported.bundle]
+    found = compare_prompts(*files, replace(options, grid_slices=(0, 1)))
+    assert found.slices == (1, 2)
+    (row,) = found.rows
+    assert row.grid.stability == 0.9, "what was asked for stays"
+    chosen = replace(options, slices=(1, 3), grid_iou=row.grid.predicted_iou)
+    assert compare_prompts(*files, chosen).rows[0].report == row.report
+    assert compare_prompts(*files, replace(options, slices=(1, 2))).rows[0].grid.predicted_iou == 0.88, "as SAM's own"
+    for slices, words in (((0, 2), "slice 0 would be judged"), (None, "leaves none of the 3 slices")):
+        with pytest.raises(InvalidArgumentError, match=words):
+            compare_prompts(*files, replace(options, slices=slices, grid_slices=(0, 3)))
+    with pytest.raises(InvalidArgumentError, match="slices 2:9 are not within"):
+        compare_prompts(*files, replace(options, grid_slices=(2, 9)))
+
+
 @pytest.mark.parametrize(
     "options",
     [{"sources": ("guess",)}, {"points": 0}, {"min_area_px": -1.0}, {"curve_repeats": -1}, {"grid_iou": 2.0}],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from synthetic_session import draw_discs, make_manifest, make_session
 
 from dendsam_deploy.bundle.contract import graph_inputs, graph_outputs
 from dendsam_deploy.bundle.manifest import GraphSpec
+from dendsam_deploy.evaluate.grid_choice import PREDICTED_IOUS, STABILITIES, best_grid
+from dendsam_deploy.evaluate.point_grid import GridOptions
 from dendsam_deploy.evaluate.point_prompts import (
     Clicks,
     correcting_click,
@@ -24,6 +27,7 @@ from dendsam_deploy.evaluate.point_prompts import (
 )
 from dendsam_deploy.evaluate.prompt_sources import SOURCES, Bench, SourceOptions, read_true_slice
 from dendsam_deploy.geometry import Frame, tile_grid
+from dendsam_deploy.metrics.summary import ObjectScores
 from dendsam_deploy.pipeline.decode import Embeddings
 from dendsam_deploy.pipeline.prepare import TilePlan
 from dendsam_deploy.pipeline.segment import SliceOptions, make_recipe, segment_slice
@@ -199,8 +203,6 @@ def test_further_clicks_answer_to_the_last_mask(bench):
 
 
 def test_grid_and_boxes_are_painted_alike(bench):
-    from dendsam_deploy.evaluate.point_grid import GridOptions  # noqa: PLC0415 - the only user
-
     result = SOURCES["point_grid"](bench, SourceOptions(grid=GridOptions(8, 0.8, 0.5)))
     assert result.grid.points == 12 * 14  # 8 px apart; tiles share the slice
     assert result.grid.masks == 3 * result.grid.points
@@ -209,6 +211,28 @@ def test_grid_and_boxes_are_painted_alike(bench):
     nothing = SOURCES["point_grid"](bench, SourceOptions(grid=GridOptions(8, 0.95, 0.5)))
     assert not nothing.labels.any()
     assert nothing.grid.highest_iou == pytest.approx(0.9)
+
+
+def shared_pixels(truth, labels):
+    """Return a score in which the size of masks matters: the IoU of all foreground."""
+    found, true = labels > 0, truth.components > 0
+    iou = (found & true).sum() / (found | true).sum()
+    return ObjectScores(**{field.name: float(iou) for field in fields(ObjectScores)})
+
+
+@pytest.mark.parametrize(("iou", "stability"), [(None, None), (0.6, None), (None, 0.7)])
+def test_the_best_thresholds_are_those_that_trying_all_would_find(bench, iou, stability):
+    options, best = GridOptions(8, nms_iou=0.5), None
+    for predicted in PREDICTED_IOUS if iou is None else (iou,):
+        for steady in STABILITIES if stability is None else (stability,):
+            result = SOURCES["point_grid"](bench, SourceOptions(grid=GridOptions(8, predicted, steady, nms_iou=0.5)))
+            score = shared_pixels(bench.truth, result.labels).s_inst
+            if best is None or score >= best[0]:
+                best = score, predicted, steady
+    found = best_grid([bench, bench], options, (iou, stability), shared_pixels)
+    assert best[0] > 0
+    assert (found.predicted_iou, found.stability) == best[1:]
+    assert (found.points_per_side, found.nms_iou) == (8, 0.5)
 
 
 def test_what_is_not_judged_is_neither_prompted():

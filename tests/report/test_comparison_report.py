@@ -58,7 +58,7 @@ def comparison(tmp_path) -> Comparison:
             report,
             1.25,
             {} if bundle == "sam <b>" else {name: RelativeChange(19.06, 12.0, 25.0) for name in names},
-            GridCounts(9, 27, 5, 3, 2, 0.91) if prompts == "point_grid" else None,
+            GridCounts(9, 27, 5, 3, 2, 0.91, 0.8, 0.9) if prompts == "point_grid" else None,
         )
         for bundle, report in (("sam <b>", poor), ("ca1", perfect))
         for prompts in ("truth_box", "point_grid")
@@ -94,7 +94,7 @@ def test_the_page_has_a_table_for_each_bundle(comparison, tmp_path) -> None:
     assert "Per cents are relative changes against sam <b>" in page.text
     assert "pieces of the truth below 25.0 px are not judged" in page.text
     assert comparison.curves[0].verdict in page.text
-    assert "27 5 3 2 0.910" in page.text
+    assert "27 0.80 5 0.90 3 2 0.910" in page.text
     assert page.tags.count("img") == 4
 
 

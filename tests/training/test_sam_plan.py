@@ -121,6 +121,9 @@ class TestPlan:
         fields = ("objects_per_tile", "box_jitter", "exact_fraction", "rate", "clip_norm", "average_decay")
         assert all(getattr(plan, field) == getattr(defaults, field) for field in fields)
         assert name in plan.lines()[0]
+        young = plan_training(sam, dataclasses.replace(OPTIONS, protocol=name), is_young=True)
+        fields = ("learning_rate", "objects_per_tile", "average_decay")
+        assert all(getattr(young, field) == getattr(defaults.young, field) for field in fields)
 
     def test_the_published_protocol_is_the_published_one(self):
         published = PROTOCOLS["published"]
@@ -135,6 +138,7 @@ class TestPlan:
         assert rate(False) == 1e-5
         assert rate(False, train="lora") == 1e-4
         assert rate(True) == 4e-4
+        assert rate(True, protocol="published") == 2e-4
         assert rate(True, learning_rate=0.5) == 0.5
 
     def test_fp16_is_refused_on_the_cpu(self, sam):

@@ -68,13 +68,20 @@ class TestPublished:
             assert bool(moved) == bool(fraction)
 
     def test_the_last_weights_are_judged_and_no_average(self, start):
-        trainer = trainer_of(start, PUBLISHED)
-        trainer.run()
-        assert all(torch.equal(value, trainer.average.values[name]) for name, value in trainer.sam.named_parameters())
+        """But of a young model, whose first steps are large."""
+        for is_young in (False, True):
+            trainer = SamTrainer(copy.deepcopy(start), [source_of()], PUBLISHED, with_hints=is_young)
+            trainer.run()
+            last, kept = dict(trainer.sam.named_parameters()), trainer.average.values
+            assert all(torch.equal(value, kept[name]) for name, value in last.items()) == (not is_young)
 
-    def test_there_are_no_hints(self, start):
-        assert trainer_of(start, PUBLISHED).hints is None
-        assert trainer_of(start, SHORT).hints is not None
+    def test_hints_teach_young_encoders_beside_the_answers(self, start):
+        trainer = trainer_of(start, PUBLISHED)
+        assert trainer.hints is not None
+        before = {name: value.clone() for name, value in trainer.hints.named_parameters()}
+        trainer.take_step(0, 0.0)
+        assert not any(torch.equal(value, before[name]) for name, value in trainer.hints.named_parameters())
+        assert SamTrainer(copy.deepcopy(start), [source_of()], PUBLISHED, with_hints=False).hints is None
 
     @pytest.mark.parametrize("train", ["whole", "lora"])
     def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(self, start, train):
