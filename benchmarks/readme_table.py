@@ -5,8 +5,9 @@
 
 The README gets a short one, between its two markers: of each work and precision the fastest way. Everything that was
 measured goes to `benchmarks/results/README.md`. Comparisons come from `against_*.json`, growth from `scaling*.json`,
-and what the command `benchmark` measured from `bundle*.json`. With `--check` nothing is written, and the exit code is
-1 if one of the two is not what would be written; a test asks the same.
+and what the command `benchmark` measured from `bundle*.json`. Scores on real tissue come from `training_*.json` of
+`training_protocols.py`, `compare_*.json` of `compare --json`, and `rounds_*.json` of `rounds`. With `--check` nothing
+is written, and the exit code is 1 if one of the two is not what would be written; a test asks the same.
 """
 
 from __future__ import annotations
@@ -100,6 +101,9 @@ def tables(folder: Path) -> str:
         *(comparison(read(path), path.name) for path in sorted(folder.glob("against_*.json"))),
         *(of_bundle(read(path), path.name) for path in sorted(folder.glob("bundle*.json"))),
         *(growth(read(path), path.name) for path in sorted(folder.glob("scaling*.json"))),
+        *(protocols(read(path), path.name) for path in sorted(folder.glob("training_*.json"))),
+        *(prompts(read(path), path.name) for path in sorted(folder.glob("compare_*.json"))),
+        *(rounds(read(path), path.name) for path in sorted(folder.glob("rounds_*.json"))),
     ]
     return "\n".join(parts) if parts else "No benchmark has been run yet.\n"
 
@@ -181,6 +185,57 @@ def growth(document: dict[str, Any], name: str) -> str:
         rows.append([what, f"{low:.0f}", f"{high:.0f}", *fit, memory])
     model = f"{document['settings']['model_type']} at {document['settings']['image_size_px']} px"
     return f"`{name}`, {where(document)}; whole runs of `segment`, {model}:\n\n{markdown(rows)}"
+
+
+def protocols(document: dict[str, Any], name: str) -> str:
+    """Return the table of training protocols that had equal CPU time: mean IoU of test objects by kind of prompt."""
+    kinds = {"box": "exact boxes", "jittered": "boxes 5 to 15 % off", "point": "one point"}
+    rows = [["weights", "steps", *kinds.values()]]
+    for who, found in document["test"].items():
+        steps = str(document["protocols"][who]["steps"]) if who in document["protocols"] else ""
+        rows.append([f"protocol {who}" if steps else who, steps, *(f"{found[kind]:.3f}" for kind in kinds)])
+    settings = document["settings"]
+    first, end = settings["test_slices"]
+    text = (
+        f"`{name}`, {where(document)}; {settings['model']} at {settings['image_size_px']} px, "
+        f"{settings['minutes_of_cpu']:g} minutes of CPU time each, mean IoU on slices {first} to {end - 1}, which no "
+        f"training saw:\n\n{markdown(rows)}"
+    )
+    notes = [
+        f"- {kinds[found['prompt']]}: {found['of']} over {found['over']} {found['gain']:+.3f} "
+        f"({found['low']:+.3f} to {found['high']:+.3f} over slices)"
+        for found in document["differences"]
+        if found["over"] in document["protocols"]
+    ]
+    return text + ("\n" + "\n".join(notes) + "\n" if notes else "")
+
+
+def prompts(document: dict[str, Any], name: str) -> str:
+    """Return the table of a report of the command `compare`: means over slices, and changes in per cent."""
+    columns = {"oce": "OCE", "pq": "PQ", "sq": "SQ", "dq": "DQ", "s_inst": "S_inst", "msa": "mSA", "dice": "Dice"}
+    rows = [["bundle", "prompts", *columns.values()]]
+    for row in document["rows"]:
+        cells = []
+        for key in columns:
+            change = row["relative_percent"].get(key, {}).get("percent")
+            cells.append(f"{row[key]:.3f}" + ("" if change is None else f" ({change:+.1f} %)"))
+        rows.append([row["bundle"], row["prompts"].replace("_", " "), *cells])
+    slices = document["slices"]
+    lines = [f"`{name}`, means over {len(slices)} slices, {slices[0]} to {slices[-1]}:\n\n{markdown(rows)}"]
+    lines += [f"- {curve['bundle']}: {curve['verdict']}\n" for curve in document["curves"]]
+    return "\n".join([lines[0], "".join(lines[1:])]) if lines[1:] else lines[0]
+
+
+def rounds(document: dict[str, Any], name: str) -> str:
+    """Return the table of a report of the command `rounds`."""
+    rows = [["round", "held-out IoU, exact boxes", "held-out PQ, automatic", "masks found", "kept", "their precision"]]
+    for entry in document["rounds"]:
+        share = entry["mask_precision"]
+        counts = [str(entry["masks"]), str(entry["kept"])] if entry["number"] else ["", ""]
+        scores = [f"{entry['held_out_box_iou']:.3f}", f"{entry['held_out_pq']:.3f}"]
+        rows.append([str(entry["number"]), *scores, *counts, "" if share is None else f"{share:.2f}"])
+    roles = ", ".join(f"{role.replace('_', ' ')} {text}" for role, text in document["slices"].items())
+    return f"`{name}`, slices: {roles}:\n\n{markdown(rows)}\n{document['verdict']}\n"
 
 
 def where(document: dict[str, Any]) -> str:

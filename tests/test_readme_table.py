@@ -127,6 +127,55 @@ def test_comparisons_and_growth(tmp_path) -> None:
     assert "Abacus 9, 2 cores" in text
 
 
+def test_scores_on_real_tissue(tmp_path) -> None:
+    trained = {
+        "host": HOST,
+        "settings": {"model": "tiny", "image_size_px": 512, "minutes_of_cpu": 6.0, "test_slices": [15, 20]},
+        "protocols": {"boxes": {"steps": 310}, "published": {"steps": 78}},
+        "test": {
+            "start": {"box": 0.6957, "jittered": 0.6835, "point": 0.5665, "objects": 264},
+            "boxes": {"box": 0.7973, "jittered": 0.7868, "point": 0.6768, "objects": 264},
+            "published": {"box": 0.7718, "jittered": 0.7582, "point": 0.6452, "objects": 264},
+        },
+        "differences": [
+            {"prompt": "box", "of": "boxes", "over": "start", "gain": 0.1, "low": 0.09, "high": 0.11},
+            {"prompt": "box", "of": "published", "over": "boxes", "gain": -0.0254, "low": -0.032, "high": -0.021},
+        ],
+    }
+    scores = {"oce": 0.4, "pq": 0.5, "sq": 0.8, "dq": 0.625, "s_inst": 0.45, "msa": 0.3, "dice": 0.9}
+    compared_prompts = {
+        "slices": [15, 17, 19],
+        "rows": [
+            {"bundle": "old", "prompts": "truth_box", **scores, "relative_percent": {}},
+            {"bundle": "new", "prompts": "truth_box", **scores, "relative_percent": {"pq": {"percent": 19.06}}},
+        ],
+        "curves": [{"bundle": "new", "verdict": "Good enough."}],
+    }
+    kept = {"masks": 90, "kept": 30, "mask_precision": 0.9234}
+    of_rounds = {
+        "slices": {"held_out": "15:20"},
+        "verdict": "Round 1 is the best.",
+        "rounds": [
+            {"number": 0, "held_out_box_iou": 0.7, "held_out_pq": 0.5, "masks": 0, "kept": 0, "mask_precision": None},
+            {"number": 1, "held_out_box_iou": 0.71, "held_out_pq": 0.51, **kept},
+        ],
+    }
+    for name, document in (("training", trained), ("compare", compared_prompts), ("rounds", of_rounds)):
+        (tmp_path / f"{name}_x.json").write_text(json.dumps(document))
+    text = script.tables(tmp_path)
+    assert "| start |  | 0.696 | 0.683 | 0.567 |\n" in text
+    assert "| protocol published | 78 | 0.772 | 0.758 | 0.645 |\n" in text
+    assert "slices 15 to 19" in text
+    assert "- exact boxes: published over boxes -0.025 (-0.032 to -0.021 over slices)\n" in text
+    assert "boxes over start" not in text
+    assert "| old | truth box | 0.400 | 0.500 | 0.800 | 0.625 | 0.450 | 0.300 | 0.900 |\n" in text
+    assert "| new | truth box | 0.400 | 0.500 (+19.1 %) |" in text
+    assert "- new: Good enough.\n" in text
+    assert "| 0 | 0.700 | 0.500 |  |  |  |\n" in text
+    assert "| 1 | 0.710 | 0.510 | 90 | 30 | 0.92 |\n" in text
+    assert text.endswith("Round 1 is the best.\n")
+
+
 def test_reports_of_the_command(tmp_path) -> None:
     sys.path.append(str(Path(__file__).parent / "evaluate"))
     from latency_reports import make_report  # noqa: PLC0415 - found by the line above
