@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -11,7 +9,6 @@ import click
 from dendsam_deploy.cli.console import CheckFailedError
 from dendsam_deploy.cli.options import (
     PATH,
-    RUNTIME,
     SLICES,
     Settings,
     bundle_option,
@@ -20,7 +17,7 @@ from dendsam_deploy.cli.options import (
     output_option,
     runtime_options,
 )
-from dendsam_deploy.cli.slice_options import slice_options
+from dendsam_deploy.cli.slice_options import open_inputs, slice_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,29 +74,17 @@ def pseudo_label(
     the provenance of every mask, and a review list, worst first: review.html, review.csv and review-rois.zip for
     ImageJ. The masks are found once: the same command with other thresholds chooses among them anew.
     """
-    from dendsam_deploy.bundle.bundle import Bundle, find_bundle
     from dendsam_deploy.evaluate.pseudo_labels import pseudo_label_volume
     from dendsam_deploy.evaluate.pseudo_options import PseudoLabelOptions
     from dendsam_deploy.report.review_page import write_review_page
-    from dendsam_deploy.runtimes.session import SessionOptions, open_session
-    from dendsam_deploy.volume.boxes import open_boxes
-    from dendsam_deploy.volume.open import open_volume
 
     console: Console = context.obj
     least = {f"least_{name}": value for name, value in CRITERIA.given(context).items()}
     options = PseudoLabelOptions(out=out, also=also, **least, **SETTINGS.given(context))
-    opened = Bundle.open(bundle or find_bundle())
-    with ExitStack() as stack:
-        raw = stack.enter_context(open_volume(volume, options.voxel_size_nm))
-        if boxes is not None:
-            options = replace(options, boxes=stack.enter_context(open_boxes(boxes, raw.info.shape_zyx)))
+    with open_inputs(context, volume, bundle, boxes, options) as (inputs, options):
         with console.progress() as progress:
-            wishes = SessionOptions(**RUNTIME.given(context), progress=progress)
-            session = stack.enter_context(open_session(opened, wishes))
-        console.note(session.description)
-        with console.progress() as progress:
-            result = pseudo_label_volume(volume, session, options, progress)
-        write_review_page(result, raw)
+            result = pseudo_label_volume(volume, inputs.session, options, progress)
+        write_review_page(result, inputs.raw)
     for notice in result.notices:
         console.note(notice)
     console.result(summary(result), result.to_document(), json_file)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
 from dendsam_deploy.cli.options import (
     PATH,
-    RUNTIME,
     SLICES,
     Settings,
     bundle_option,
@@ -18,7 +15,7 @@ from dendsam_deploy.cli.options import (
     json_option,
     runtime_options,
 )
-from dendsam_deploy.cli.slice_options import slice_options
+from dendsam_deploy.cli.slice_options import open_inputs, slice_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,29 +54,17 @@ def segment(
     The result is a folder with labels, tables and report.html. Run again after an interruption, the same command goes
     on where it stopped.
     """
-    from dendsam_deploy.bundle.bundle import Bundle, find_bundle
     from dendsam_deploy.pipeline.interchange import write_run_formats
     from dendsam_deploy.pipeline.job import SegmentOptions
     from dendsam_deploy.pipeline.run import segment_volume
     from dendsam_deploy.report.run_folder import report_from_run
-    from dendsam_deploy.runtimes.session import SessionOptions, open_session
-    from dendsam_deploy.volume.boxes import open_boxes
-    from dendsam_deploy.volume.open import open_volume
 
     console: Console = context.obj
-    opened = Bundle.open(bundle or find_bundle())
     options = SegmentOptions(**SETTINGS.given(context))
-    with ExitStack() as stack:
-        raw = stack.enter_context(open_volume(volume, options.voxel_size_nm))
-        if boxes is not None:
-            options = replace(options, boxes=stack.enter_context(open_boxes(boxes, raw.info.shape_zyx)))
+    with open_inputs(context, volume, bundle, boxes, options) as (inputs, options):
         with console.progress() as progress:
-            wishes = SessionOptions(**RUNTIME.given(context), progress=progress)
-            session = stack.enter_context(open_session(opened, wishes))
-        console.note(session.description)
-        with console.progress() as progress:
-            result = segment_volume(volume, session, options, progress)
-        report_from_run(result.out, raw)
+            result = segment_volume(volume, inputs.session, options, progress)
+        report_from_run(result.out, inputs.raw)
         others = write_run_formats(result.out, also)
     for notice in result.notices:
         console.note(notice)

@@ -1,16 +1,27 @@
-"""Options of the commands that segment slices: how they do it, and in which formats they write the result."""
+"""What the commands that segment slices share: their options, and how they open what they read."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import click
 
-from dendsam_deploy.cli.options import PATH, VOXEL_SIZE, Function, Settings, word
+from dendsam_deploy.cli.options import PATH, RUNTIME, VOXEL_SIZE, Function, Settings, word
 from dendsam_deploy.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from dendsam_deploy.cli.console import Console
+    from dendsam_deploy.evaluate.pseudo_options import PseudoLabelOptions
+    from dendsam_deploy.pipeline.job import SegmentOptions
+    from dendsam_deploy.runtimes.session import Session
+    from dendsam_deploy.volume.volume import VolumeReader
+
+AnyOptions = TypeVar("AnyOptions", "SegmentOptions", "PseudoLabelOptions")
 
 FORMATS = click.Choice(["tif", "ome-zarr"])
 
@@ -60,3 +71,33 @@ def _also_option(function: Function) -> Function:
     kind = word("coco,yolo,roi", _read_formats)
     option = click.option("--also", type=kind, metavar="coco,yolo,roi", default="", show_default=False, help=help_text)
     return option(function)
+
+
+class Inputs(NamedTuple):
+    """What a command that segments slices reads: the volume, and the bundle on its engine."""
+
+    raw: VolumeReader
+    session: Session
+
+
+@contextmanager
+def open_inputs(
+    context: click.Context, volume: Path, bundle: Path | None, boxes: Path | None, options: AnyOptions
+) -> Iterator[tuple[Inputs, AnyOptions]]:
+    """Open the volume, boxes from elsewhere, which the returned options hold, and the bundle; say what it runs on."""
+    from dendsam_deploy.bundle.bundle import Bundle, find_bundle
+    from dendsam_deploy.runtimes.session import SessionOptions, open_session
+    from dendsam_deploy.volume.boxes import open_boxes
+    from dendsam_deploy.volume.open import open_volume
+
+    console: Console = context.obj
+    opened = Bundle.open(bundle or find_bundle())
+    with ExitStack() as stack:
+        raw = stack.enter_context(open_volume(volume, options.voxel_size_nm))
+        if boxes is not None:
+            options = replace(options, boxes=stack.enter_context(open_boxes(boxes, raw.info.shape_zyx)))
+        with console.progress() as progress:
+            wishes = SessionOptions(**RUNTIME.given(context), progress=progress)
+            session = stack.enter_context(open_session(opened, wishes))
+        console.note(session.description)
+        yield Inputs(raw, session), options
