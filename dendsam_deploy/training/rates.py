@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from dendsam_deploy.training.sam_options import RateName
 
 WARM_UP_STEPS = 100
+WARM_UP_PART = 0.1
+"""The rate rises for so many steps, but for no more than this part of the schedule."""
+
 PLATEAU_FACTOR = 0.9
 PLATEAU_PATIENCE = 3
 """As DendriteSAM was trained; counted in judgements here, in epochs there."""
@@ -47,7 +50,7 @@ class CosineRate:
 
     def before_step(self, step: int, done: float) -> None:
         """See `Rate`."""
-        warm = min(1.0, (step + 1) / WARM_UP_STEPS)
+        warm = min(1.0, max((step + 1) / WARM_UP_STEPS, done / WARM_UP_PART))
         for group in self._optimiser.param_groups:
             group["lr"] = self._peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from itertools import pairwise
 
 import pytest
@@ -158,6 +159,14 @@ class TestRates:
             rate.before_step(step, done)
             seen.append(optimiser.param_groups[0]["lr"])
         assert seen == pytest.approx([0.01, 1.0, 0.51, 0.02])
+
+    def test_a_short_schedule_warms_up_for_a_tenth_of_it(self):
+        optimiser = self.optimiser()
+        rate = make_rate("cosine", optimiser, 1.0)
+        rate.before_step(2, 0.05)
+        assert optimiser.param_groups[0]["lr"] == pytest.approx(0.5, rel=0.01)
+        rate.before_step(5, 0.1)
+        assert optimiser.param_groups[0]["lr"] == pytest.approx(0.02 + 0.49 * (1 + math.cos(0.1 * math.pi)))
 
     def test_the_plateau_waits_and_goes_on_from_its_state(self):
         """The fourth judgement in a row that is no better lowers the rate."""
