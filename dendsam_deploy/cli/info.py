@@ -39,6 +39,7 @@ def describe(path: Path) -> Facts:
     """Return the facts of a path, among them its ``kind``: volume, sam, detector, graph, bundle, run or weights."""
     from dendsam_deploy.bundle.bundle import MANIFEST_FILE
     from dendsam_deploy.models.named_weights import known_weights
+    from dendsam_deploy.models.tensor_file import looks_like_checkpoint
     from dendsam_deploy.pipeline.journal import JOURNAL_FILE
 
     if not path.exists() and (weights := known_weights().get(str(path))):
@@ -47,7 +48,8 @@ def describe(path: Path) -> Facts:
         return _bundle_facts(path)
     if (path / JOURNAL_FILE).is_file():
         return _run_facts(path)
-    if path.suffix.lower() in _CHECKPOINT_SUFFIXES:
+    # Caches keep weights without a suffix, and a suffix proves nothing.
+    if path.suffix.lower() in _CHECKPOINT_SUFFIXES or looks_like_checkpoint(path):
         return _checkpoint_facts(path)
     if path.suffix.lower() == ".onnx":
         return _graph_facts(path)
@@ -81,7 +83,7 @@ def _volume_facts(path: Path) -> Facts:
 def _checkpoint_facts(path: Path) -> Facts:
     """Describe weights; which library made them is told from the names in the file, none of which is looked up."""
     from dendsam_deploy.models.detector_file import is_detector_file
-    from dendsam_deploy.models.pickled_names import pickled_names
+    from dendsam_deploy.models.tensor_file import pickled_names
 
     return _detector_facts(path) if is_detector_file(pickled_names(path)) else _sam_facts(path)
 

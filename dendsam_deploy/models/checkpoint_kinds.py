@@ -63,8 +63,11 @@ _OTHER_FAMILIES = {
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 _STATE_KEYS = (STATE_KEY, "state_dict", "model_state_dict", "model", "sam", "ema", "net", "network")
-_LEADERS = ("module.", "sam.", "model.", "sam_model.", "net.", "_forward_module.")
-_COMPILED = re.compile(r"(^|\.)_orig_mod(?=\.)")
+_LEADERS = ("sam.", "model.", "sam_model.", "net.")
+_WRAPPERS = re.compile(
+    r"(^|\.)(_orig_mod|module|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)"
+)
+"""What torch puts around a model, or around any part of it: compilation, data parallelism, checkpointing."""
 _TRAINING_KEYS = ("optimizer_state", "scheduler_state", "init", "best_metric", "iteration", "scaler_state")
 _PROGRESS_KEYS = ("epoch", "best_epoch", "iteration", "best_metric", "current_metric", "train_time", "timestamp")
 _TRAINERS = ("micro_sam", "torch_em", "lightning", "pytorch_lightning", "accelerate", "monai", "detectron2", "mmengine")
@@ -237,7 +240,7 @@ def _renamed(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, Store
     """Strip what trainings and compilers put before SAM's names, and what repeats or does not belong to the weights."""
     renamed: dict[str, StoredTensor] = {}
     for key, tensor in tensors.items():
-        name = _COMPILED.sub("", key).lstrip(".")
+        name = _WRAPPERS.sub("", key).lstrip(".")
         while leader := next((leader for leader in _LEADERS if name.startswith(leader)), None):
             name = name.removeprefix(leader)
         if name.startswith("peft_blocks."):  # micro-sam's list of the adapters that are in the encoder as well

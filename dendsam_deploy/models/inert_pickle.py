@@ -92,7 +92,10 @@ class BoundedStream:
 
 
 def read_pickle(
-    stream: BoundedStream, rebuild: Rebuild | None = None, persistent: Callable[[object], object] | None = None
+    stream: BoundedStream,
+    rebuild: Rebuild | None = None,
+    persistent: Callable[[object], object] | None = None,
+    seen: set[str] | None = None,
 ) -> Unpickled:
     """Read one pickle; the stream then stands behind it.
 
@@ -105,19 +108,22 @@ def read_pickle(
         ordered dict is known without them.
     persistent : callable, optional
         Makes an object of a persistent identifier; by default such an object becomes a placeholder.
+    seen : set of str, optional
+        Gets every name as it is met: where a pickle breaks off, what it names before is carried out elsewhere all the
+        same. The names of the result are all of these.
 
     Raises
     ------
     PickleError
         Where the bytes are not one whole pickle.
     """
-    machine = _Machine(_CONTAINERS | (rebuild or {}), persistent)
+    machine = _Machine(_CONTAINERS | (rebuild or {}), persistent, set() if seen is None else seen)
     try:
         for instruction, argument, _ in pickletools.genops(stream):  # type: ignore[arg-type]  # it needs no more
             machine.carry_out(instruction.name, argument)
     except PickleError:
         raise
-    # Whatever damaged or hostile bytes lead to: an empty stack, a missing memo, arguments of the wrong number or kind.
+    # Whatever damaged or hostile bytes lead to: an empty stack, a missing memo, wrong arguments.
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise PickleError(_first_line(error)) from error
     except MemoryError as error:
@@ -131,7 +137,7 @@ class _Machine:
 
     rebuild: Mapping[str, Callable[..., object]]
     persistent: Callable[[object], object] | None
-    names: set[str] = field(default_factory=set)
+    names: set[str]
     calls: set[str] = field(default_factory=set)
     result: object = None
     _stack: list[Any] = field(default_factory=list)

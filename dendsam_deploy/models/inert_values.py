@@ -54,7 +54,10 @@ def _is_plain(value: object) -> bool:
 
 
 def dotted_name(function: object) -> str:
-    """Return the name of what is called; the result of another call is named after it."""
+    """Return the name of what is called; the result of any number of other calls is named after the first of them."""
     if isinstance(function, Name):
         return function.dotted
-    return f"{function.maker}()" if isinstance(function, Placeholder) else type(function).__name__
+    if not isinstance(function, Placeholder):
+        return type(function).__name__
+    # A name that grew with every call of a call would need the square of the file's size.
+    return function.maker if function.maker.endswith("()") else f"{function.maker}()"

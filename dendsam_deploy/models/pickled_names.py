@@ -6,16 +6,21 @@ it was made to be opened by somebody.
 
 from __future__ import annotations
 
+import builtins
 import re
 import sys
 from typing import TYPE_CHECKING
 
 from dendsam_deploy.errors import UnsafeFileError
-from dendsam_deploy.models.tensor_file import open_tensor_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
+
+
+def _is_exception(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseException)
+
 
 # Of the standard library, what trainings leave in checkpoints and what only holds values.
 _HARMLESS = frozenset(
@@ -23,18 +28,27 @@ _HARMLESS = frozenset(
         *(f"builtins.{name}" for name in ("set", "frozenset", "list", "dict", "tuple", "slice", "range", "object")),
         *(f"builtins.{name}" for name in ("int", "float", "complex", "bool", "str", "bytes", "bytearray", "iter")),
         *(f"builtins.{name}" for name in ("abs", "all", "any", "len", "max", "min", "pow", "round", "sorted", "sum")),
+        *(f"builtins.{name}" for name in ("Ellipsis", "NotImplemented", "type", "enumerate", "zip", "print")),
+        *(f"builtins.{name}" for name, kind in vars(builtins).items() if _is_exception(kind)),
         "builtins.getattr",  # of an object that is itself harmless: what it looks up is a name of its own
-        *(f"collections.{name}" for name in ("OrderedDict", "defaultdict", "Counter", "deque")),
+        *(f"collections.{name}" for name in ("OrderedDict", "defaultdict", "Counter", "deque", "ChainMap")),
+        *(f"collections.{name}" for name in ("UserDict", "UserList", "UserString", "namedtuple")),
         *(f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
         *(f"pathlib._local.{name}" for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
         *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
         *(f"itertools.{name}" for name in ("chain", "count", "cycle", "repeat")),
         *("argparse.Namespace", "copyreg._reconstructor", "_codecs.encode", "decimal.Decimal", "fractions.Fraction"),
         *("functools.partial", "logging.getLogger", "random.Random", "re._compile", "types.SimpleNamespace"),
-        *("uuid.UUID", "time.struct_time"),
+        *("uuid.UUID", "uuid.SafeUUID", "time.struct_time", "types.MappingProxyType", "types.NoneType", "io.BytesIO"),
+        *("array.array", "array._array_reconstructor", "zoneinfo.ZoneInfo", "zoneinfo.ZoneInfo._unpickle"),
+        *("logging.Logger", "logging.RootLogger", "enum.Enum", "inspect._empty", "dataclasses._MISSING_TYPE"),
+        *(f"operator.{name}" for name in ("itemgetter", "add", "sub", "mul", "truediv", "neg", "eq", "lt", "gt")),
     }
 )
+"""Without the getters of attributes in `operator`: what they are asked for is no name that one could find."""
+
 _HARMLESS_MODULES = ("math.", "numbers.", "typing.")
+_IN_C = ("_io.", "_operator.", "_functools.", "_collections.", "_decimal.", "_zoneinfo.")
 _SYSTEM_MODULES = frozenset({"posix", "nt", "commands"})  # each is in the list of its own system or version only
 
 _INTERNAL = re.compile("__.+__")  # by which one gets from any object to any other
@@ -47,31 +61,14 @@ _RUNS_CODE = (
     *("numpy.load", "numpy.testing", "numpy.f2py", "numpy.distutils", "numpy.ctypeslib", "numpy.memmap", "scipy.io"),
     *("pip", "setuptools", "pkg_resources", "_distutils_hack", "requests", "urllib3", "httpx", "aiohttp", "paramiko"),
     *("dill", "cloudpickle", "joblib", "jsonpickle", "yaml", "pandas.read_pickle", "pandas.eval", "pandas.io", "cffi"),
+    *("torch.save", "torch.fx.graph_module", "torch.fx.experimental", "torch.utils.bottleneck"),
+    *("torch.utils._config_module", "torch.utils.data.datapipes", "torch.distributed.run"),
+    *("numpy.save", "numpy.savetxt", "numpy.savez", "numpy.lib.npyio", "numpy.lib._npyio_impl", "numpy.lib.format"),
+    *("hydra", "keras", "tensorflow", "_pytest", "pytest", "psutil", "git", "huggingface_hub", "timm.models.hub"),
+    *("ultralytics.nn.tasks.torch_safe_load", "ultralytics.nn.tasks.attempt_load_weights", "ultralytics.utils.checks"),
+    *("ultralytics.utils.downloads", "ultralytics.hub", "lightning_fabric.utilities.cloud_io"),
     *("IPython", "ipykernel", "jupyter_client", "numexpr", "sympy", "pexpect", "sh", "plumbum", "fabric", "invoke"),
 )
-
-
-def pickled_names(path: Path) -> frozenset[str]:
-    """Return every ``module.name`` that unpickling a checkpoint would look up.
-
-    Parameters
-    ----------
-    path : Path
-        A file of ``torch.save``, in its present or its older format, or a bare pickle.
-
-    Returns
-    -------
-    frozenset of str
-        Modules and names of Python 2 under their present names. What the pickle would take from the extension registry
-        appears as ``copyreg.extension_CODE``, what it would look up in another object as ``module.name.attribute``.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is missing, empty, cut off or no pickle at all.
-    """
-    with open_tensor_file(path) as file:
-        return file.pickled.names
 
 
 def dangerous_names(names: Iterable[str]) -> list[str]:
@@ -84,7 +81,8 @@ def dangerous_names(names: Iterable[str]) -> list[str]:
     found = []
     for name in names:
         is_foreign_code = any(name == known or name.startswith(f"{known}.") for known in _RUNS_CODE)
-        is_harmless = name in _HARMLESS or name.startswith(_HARMLESS_MODULES)
+        public = name.removeprefix("_") if name.startswith(_IN_C) else name
+        is_harmless = public in _HARMLESS or name.startswith(_HARMLESS_MODULES)
         is_standard = name.partition(".")[0] in modules and not is_harmless
         is_internal = any(_INTERNAL.fullmatch(part) and part != "__main__" for part in name.split("."))
         if is_foreign_code or is_standard or is_internal:

@@ -29,15 +29,18 @@ from dendsam_deploy.models.inert_pickle import (
     Unpickled,
     read_pickle,
 )
+from dendsam_deploy.models.pickled_names import check_names
 from dendsam_deploy.models.stored_tensor import ITEM_BYTES, REBUILD, Storage, StoredTensor, stored_storage, view
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_ZIP_MAGIC = b"PK\x03\x04"
+_PICKLE_MAGIC, _PICKLE_PROTOCOLS = 0x80, range(2, 6)
 _CHUNK_BYTES = 1 << 22
 
 
@@ -102,6 +105,8 @@ def open_tensor_file(path: Path) -> Iterator[TensorFile]:
     ------
     CheckpointError
         If the file is missing, empty, cut off, damaged, or no pickle at all.
+    UnsafeFileError
+        If it is damaged, and names what no weights need before it breaks off.
     """
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "no such file"
@@ -110,19 +115,56 @@ def open_tensor_file(path: Path) -> Iterator[TensorFile]:
         try:
             file = closing.enter_context(path.open("rb"))
             size = path.stat().st_size
-            is_archive = file.read(4) == b"PK\x03\x04"
+            is_archive = file.read(4) == _ZIP_MAGIC
             file.seek(0)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
         if size == 0:
             raise CheckpointError(f"{path}: the file is empty; download or copy it again")
         if is_archive:
-            with _damage(path):
-                archive = _Archive(closing.enter_context(zipfile.ZipFile(file)), size)
+            seen: set[str] = set()
+            with _damage(path, seen):
+                archive = _Archive(closing.enter_context(zipfile.ZipFile(file)), size, seen)
                 opened = TensorFile(path, archive.pickled(), is_torch=True, records=archive)
         else:
             opened = _sequence(path, file, size)
         yield opened
+
+
+def looks_like_checkpoint(path: Path) -> bool:
+    """Tell from its first bytes and its list of contents whether a file is one of torch's, or a pickle."""
+    try:
+        with path.open("rb") as file:
+            first = file.read(4)
+        if first == _ZIP_MAGIC:
+            with zipfile.ZipFile(path) as archive:
+                return any(name == "data.pkl" or name.endswith("/data.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+    return len(first) > 1 and first[0] == _PICKLE_MAGIC and first[1] in _PICKLE_PROTOCOLS
+
+
+def pickled_names(path: Path) -> frozenset[str]:
+    """Return every ``module.name`` that unpickling a checkpoint would look up.
+
+    Parameters
+    ----------
+    path : Path
+        A file of ``torch.save``, in its present or its older format, or a bare pickle.
+
+    Returns
+    -------
+    frozenset of str
+        Modules and names of Python 2 under their present names. What the pickle would take from the extension registry
+        appears as ``copyreg.extension_CODE``, what it would look up in another object as ``module.name.attribute``.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, empty, cut off or no pickle at all.
+    """
+    with open_tensor_file(path) as file:
+        return file.pickled.names
 
 
 def sha256_of(path: Path) -> str:
@@ -134,9 +176,10 @@ def sha256_of(path: Path) -> str:
 class _Archive:
     """The zip archive that torch writes since 1.6."""
 
-    def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
+    def __init__(self, archive: zipfile.ZipFile, size: int, seen: set[str]) -> None:
         self._archive = archive
         self._size = size
+        self._seen = seen
         found = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(found) != 1:
             raise PickleError(f"an archive with {len(found)} files data.pkl")
@@ -149,7 +192,8 @@ class _Archive:
             _check_byte_order(self._content(order, 16) == b"little")
         member = self._member(f"{self._root}data.pkl", LARGEST_PICKLE_BYTES)
         with self._archive.open(member) as file:
-            found = read_pickle(BoundedStream(cast("BinaryIO", file), member.file_size), REBUILD, stored_storage)
+            stream = BoundedStream(cast("BinaryIO", file), member.file_size)
+            found = read_pickle(stream, REBUILD, stored_storage, self._seen)
             while file.read(_CHUNK_BYTES):  # to the end, where the checksum is compared
                 pass
         return found
@@ -198,9 +242,11 @@ class _Sequence:
 
 def _sequence(path: Path, file: BinaryIO, size: int) -> TensorFile:
     """Read the older format, or a bare pickle, of which the names are all that counts."""
+    seen: set[str] = set()
     try:
-        first = read_pickle(BoundedStream(file, min(size, LARGEST_PICKLE_BYTES)), REBUILD, stored_storage)
+        first = read_pickle(BoundedStream(file, min(size, LARGEST_PICKLE_BYTES)), REBUILD, stored_storage, seen)
     except PickleError as error:
+        check_names(path, seen)
         raise CheckpointError(f"{path}: not a torch checkpoint ({error}); give a .pt or .pth file") from error
     if first.value != _LEGACY_MAGIC:
         return TensorFile(path, first, is_torch=False, records=_Sequence(file, {}))
@@ -212,18 +258,14 @@ def _sequence(path: Path, file: BinaryIO, size: int) -> TensorFile:
             known[found.key] = found
         return found
 
-    with _damage(path):
-        parts = [read_pickle(BoundedStream(file, LARGEST_PICKLE_BYTES), REBUILD, remember) for _ in range(4)]
+    with _damage(path, seen):
+        parts = [read_pickle(BoundedStream(file, LARGEST_PICKLE_BYTES), REBUILD, remember, seen) for _ in range(4)]
         _, system, content, keys = parts
         if isinstance(system.value, dict):
             _check_byte_order(system.value.get("little_endian") is True)
-        names: set[str] = set()
-        calls: set[str] = set()
-        for part in (first, *parts):
-            names |= part.names
-            calls |= part.calls
+        calls = frozenset[str]().union(*(part.calls for part in (first, *parts)))
         records = _Sequence(file, _places(file, [known[key] for key in cast("list[str]", keys.value)], size))
-    return TensorFile(path, Unpickled(content.value, frozenset(names), frozenset(calls)), True, records)
+    return TensorFile(path, Unpickled(content.value, frozenset(seen), calls), True, records)
 
 
 def _places(file: BinaryIO, storages: list[Storage], size: int) -> dict[str, tuple[int, int]]:
@@ -245,8 +287,8 @@ def _check_byte_order(is_little: bool) -> None:
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Turn everything that a damaged file leads to into one sentence."""
+def _damage(path: Path, seen: Iterable[str] = ()) -> Iterator[None]:
+    """Turn everything that a damaged file leads to into one sentence, unless it named something worse before."""
     try:
         yield
     # The first line: what this file and zipfile raise on purpose; the second: what damaged numbers lead to.
@@ -254,6 +296,7 @@ def _damage(path: Path) -> Iterator[None]:
         *(PickleError, zipfile.BadZipFile, EOFError, KeyError, NotImplementedError, RuntimeError, OSError),
         *(ValueError, TypeError, ArithmeticError, MemoryError, struct.error, UnicodeDecodeError),
     ) as error:
+        check_names(path, seen)
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path}: the checkpoint is cut off or damaged ({path.stat().st_size:,} bytes); "

@@ -27,9 +27,9 @@ from dendsam_deploy.models.checkpoint_kinds import (
     SamFile,
     open_sam_file,
 )
-from dendsam_deploy.models.pickled_names import check_names, pickled_names
+from dendsam_deploy.models.pickled_names import check_names
 from dendsam_deploy.models.sam import build_sam
-from dendsam_deploy.models.tensor_file import sha256_of
+from dendsam_deploy.models.tensor_file import pickled_names, sha256_of
 from dendsam_deploy.models.training_record import TrainingRecord
 
 if TYPE_CHECKING:

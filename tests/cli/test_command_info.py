@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 
 import pytest
 from conftest import run_python
@@ -25,6 +26,14 @@ def test_sam_checkpoint(run, random_sam) -> None:
     text = run("info", random_sam).out
     assert "training             not recorded" in text
     assert "answers_prompts      yes" in text
+
+
+@pytest.mark.parametrize("name", ["vit_b_lm", "weights.bin", "weights.tif"])
+def test_a_checkpoint_is_told_by_its_content(run, random_sam, tmp_path, name) -> None:
+    shutil.copy(random_sam, tmp_path / name)
+    assert run("info", tmp_path / name, "--json", "-").document["kind"] == "sam"
+    (tmp_path / name).write_bytes(b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.")
+    assert run("info", tmp_path / name, code=77).out == ""
 
 
 def test_yolo_checkpoint(run, shared_data) -> None:

@@ -51,8 +51,9 @@ def test_names_may_be_led_by_what_trainings_put_before_them(leader, state, tmp_p
     assert equal(load_sam(path).sam.state_dict(), state)
 
 
-def test_a_compiled_part_within_the_model(state, tmp_path):
-    inner = {key.replace("image_encoder.", "image_encoder._orig_mod."): value for key, value in state.items()}
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "module", "_orig_mod.module", "_checkpoint_wrapped_module"])
+def test_a_wrapped_part_within_the_model(state, wrapper, tmp_path):
+    inner = {key.replace("image_encoder.", f"image_encoder.{wrapper}."): value for key, value in state.items()}
     assert equal(load_sam(saved(inner, tmp_path)).sam.state_dict(), state)
 
 

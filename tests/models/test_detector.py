@@ -20,7 +20,7 @@ from dendsam_deploy.models.detector import (
 )
 from dendsam_deploy.models.detector_file import read_detector_file
 from dendsam_deploy.models.detector_graph import DetectorGraph, candidate_count
-from dendsam_deploy.models.pickled_names import pickled_names
+from dendsam_deploy.models.tensor_file import pickled_names
 
 ARCHITECTURES = ("yolov8n", "yolo11n", "yolo26n")
 TILE = 128

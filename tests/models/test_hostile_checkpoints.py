@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import array
 import collections
 import contextlib
+import dataclasses
 import datetime
 import decimal
 import functools
+import inspect
 import io
+import logging
+import operator
 import os
 import pickle
 import random
@@ -20,6 +25,7 @@ import time
 import types
 import uuid
 import zipfile
+import zoneinfo
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +38,8 @@ from dendsam_deploy.errors import CheckpointError, UnsafeFileError
 from dendsam_deploy.models.checkpoint_kinds import open_sam_file
 from dendsam_deploy.models.inert_pickle import BoundedStream, PickleError, read_pickle
 from dendsam_deploy.models.inert_values import Name, Placeholder
-from dendsam_deploy.models.pickled_names import dangerous_names, pickled_names
-from dendsam_deploy.models.tensor_file import open_tensor_file
+from dendsam_deploy.models.pickled_names import dangerous_names
+from dendsam_deploy.models.tensor_file import open_tensor_file, pickled_names
 from dendsam_deploy.models.weights import load_sam
 
 
@@ -101,6 +107,27 @@ def test_a_program_is_refused_and_never_runs(kind, form, tmp_path, capfd):
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("kind", ["reduce", "protocol 0", "inst", "obj"])
+@pytest.mark.parametrize("form", ["zip", "bare", "old"])
+@pytest.mark.parametrize("break_off", [b"", b"\xff", b"0000", b"K"], ids=["end", "no instruction", "stack", "argument"])
+def test_a_program_that_breaks_off_behind_its_call_is_refused_all_the_same(kind, form, break_off, tmp_path):
+    """Elsewhere the call would have been made before the break."""
+    program = hostile(tmp_path / "canary")[kind][:-1] + break_off
+    path = tmp_path / "hostile.pt"
+    if form == "zip":
+        as_torch_file(program, path)
+    elif form == "bare":
+        path.write_bytes(program)
+    else:
+        torch.save({}, path, _use_new_zipfile_serialization=False)
+        first, version = (pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001))
+        assert path.read_bytes().startswith(first + version)
+        path.write_bytes(first + version + program)
+    for read_it in (load_sam, pickled_names):
+        with pytest.raises(UnsafeFileError):
+            read_it(path)
+
+
 @pytest.mark.parametrize("kind", ["reduce", "eval", "inst", "obj", "memo", "subprocess"])
 def test_the_bait_is_live(kind, tmp_path):
     """What the program refuses would have run elsewhere."""
@@ -166,6 +193,16 @@ def test_what_trainings_leave_behind_is_no_reason_to_refuse(tmp_path):
             re.compile("a"),
         ),
         *(torch.device("cpu"), torch.Size([1]), torch.float16, torch.nn.Linear(2, 2), decimal.Decimal("1.5")),
+        *(
+            ...,
+            type(None),
+            collections.UserDict(a=1),
+            collections.ChainMap({}),
+            array.array("i", [1]),
+            io.BytesIO(b"a"),
+        ),
+        *(zoneinfo.ZoneInfo("UTC"), logging.getLogger("a"), ValueError("a"), operator.itemgetter(1), operator.add),
+        *(uuid.SafeUUID.safe, inspect.Parameter.empty, dataclasses.MISSING),
         torch.Generator().get_state(),
     ]
     for protocol in (2, 4):
@@ -252,6 +289,8 @@ BOMBS = {
     + b"eq\x01"
     + b"0ccollections\nOrderedDict\nh\x01\x85R" * 5_000
     + b".",
+    "calls of calls": b"ctorch\nx\n" + b")R" * 1_000_000 + b".",
+    "objects of objects": b"ctorch\nx\n" + b")\x81" * 1_000_000 + b".",
     "lists of lists of lists": b"]q\x00" + b"2(h\x00h\x00h\x00h\x00lq\x00" * 5_000 + b".",
 }
 
@@ -360,6 +399,7 @@ def test_what_is_dangerous():
         "typing.Any",
         "builtins.max",
         "functools.partial",
+        "builtins.ValueError",
     }
     assert dangerous_names(harmless) == []
     harmful = {
@@ -370,6 +410,9 @@ def test_what_is_dangerous():
         "a.b.__globals__",
         "copyreg.extension_1",
         "pip.main",
+        "operator.attrgetter",
+        "torch.fx.graph_module.reduce_graph_module",
+        "numpy.save",
     }
     assert dangerous_names(harmful | harmless) == sorted(harmful)
 
