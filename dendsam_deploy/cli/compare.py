@@ -44,7 +44,7 @@ SHOWN = ("oce", "pq", "sq", "dq", "s_inst", "msa", "sa50", "sa75", "dice")
     multiple=True,
     help="Exported bundle. Repeatable: others are compared with the first.  [default: as in segment]",
 )
-@SETTINGS.option("--slices", "slices", SLICES, "Slices to segment and score.  [default: eight spread evenly]")
+@SETTINGS.option("--slices", "slices", SLICES, "Slices to segment and score.  [default: eight with objects]")
 @SETTINGS.option("--prompts", "sources", [str], "Only this row, such as truth_box or point_grid. Repeatable.")
 @SETTINGS.option("--ignore-label", "ignore_labels", [int], "Label of the truth that is not judged. Repeatable.")
 @SETTINGS.flag(

@@ -74,6 +74,7 @@ class BundleRun:
         self._box_errors: list[BoxErrors] = []
         self._jittered: list[list[list[ObjectScores]]] = []
         self._prompting = options.prompting
+        self.blank: list[int] = []
         self.shown: ShownSlice | None = None
 
     def choose_grid(self, truths: Iterable[TrueSlice]) -> None:
@@ -90,18 +91,21 @@ class BundleRun:
         options = self.slices.options
         bench = Bench.of_slice(self.session, self._recipe, truth)
         painted: dict[str, NDArray[np.uint32]] = {}
+        is_scored = True
         for source in self.sources:
             result = SOURCES[source](bench, self._prompting)
             painted[source] = result.labels
-            self._tallies[source].add(truth.z, self._table(truth, result.labels))
+            is_scored = self._tallies[source].add(truth.z, self._table(truth, result.labels)) and is_scored
             self._seconds[source] += result.seconds
             if result.grid is not None:
                 self._grids.append(result.grid)
             if result.detections is not None:
                 found = measure_boxes(result.detections, truth, sparse_truth=options.sparse_truth)
                 self._box_errors.append(found)
-        if options.curve_repeats and (truth.boxes_xyxy or not options.sparse_truth):
+        if options.curve_repeats and is_scored:  # the curve is of the slices of the table
             self._jittered.append(self._curve_of(bench))
+        if not truth.boxes_xyxy:
+            self.blank.append(truth.z)
         if truth.z == self.slices.chosen[len(self.slices.chosen) // 2]:
             self.shown = _cut(truth, {(self.name, source): labels for source, labels in painted.items()})
 

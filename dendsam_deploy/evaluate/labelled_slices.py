@@ -15,6 +15,8 @@ from dendsam_deploy.runtimes.session import SessionOptions
 from dendsam_deploy.volume.intensity import to_uint8
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dendsam_deploy.bundle.manifest import Manifest
     from dendsam_deploy.volume.volume import VolumeReader
 
@@ -28,7 +30,7 @@ class CompareOptions:
     Parameters
     ----------
     slices : (int, int) or None
-        First slice and the one after the last; None takes eight spread evenly.
+        First slice and the one after the last; None takes eight of those that show objects, spread evenly.
     sources : tuple of str
         Prompt sources, of `prompt_sources.SOURCES`; empty takes all that the bundles can serve.
     ignore_labels : tuple of int
@@ -143,7 +145,10 @@ class LabelledStack:
             left = [z for z in range(depth) if z not in choosing]
             if not left:
                 raise InvalidArgumentError(f"--grid-slices leaves none of the {depth} slices to be judged; take fewer")
-            chosen = tuple(sorted({left[int((index + 0.5) * len(left) / _FEW_SLICES)] for index in range(_FEW_SLICES)}))
+            chosen = _spread(left)
+            if not all(_shows(labels, z, options.ignore_labels) for z in chosen):
+                left = [z for z in left if _shows(labels, z, options.ignore_labels)]
+                chosen = _spread(left) or chosen
         if overlap := set(chosen) & set(choosing):
             raise InvalidArgumentError(
                 f"slice {min(overlap)} would be judged and choose the thresholds of the grid; let --slices and "
@@ -159,3 +164,14 @@ class LabelledStack:
         image = to_uint8(self.raw.read(z), f"{self.raw.info.source}: slice {z}")
         labels = self.labels.read(z).astype(np.uint32)
         return read_true_slice(z, image, labels, self.options.ignore_labels, self.least_px)
+
+
+def _spread(slices: Sequence[int]) -> tuple[int, ...]:
+    """Return a few of the slices, spread evenly."""
+    count = min(_FEW_SLICES, len(slices))
+    return tuple(slices[int((index + 0.5) * len(slices) / count)] for index in range(count))
+
+
+def _shows(labels: VolumeReader, z: int, ignored: tuple[int, ...]) -> bool:
+    """Tell whether a slice of the truth shows an object that is judged."""
+    return bool((~np.isin(labels.read(z), (0, *ignored))).any())

@@ -74,15 +74,27 @@ def compare_prompts(
         bundles=tuple(run.described for run in runs),
         rows=tuple(row for run, own in zip(runs, reports, strict=True) for row in run.rows(own, reports[0])),
         curves=tuple(run.curve(own) for run, own in zip(runs, reports, strict=True) if options.curve_repeats),
-        notes=tuple(note for run in runs for note in run.notes),
+        notes=(*_blank_note(runs[0].blank, options), *(note for run in runs for note in run.notes)),
         shown=_shown_by_all(runs),
     )
 
 
+def _blank_note(blank: Sequence[int], options: CompareOptions) -> tuple[str, ...]:
+    """Warn of slices without an object: unlabelled ones look the same as empty ones, but for what they do to scores."""
+    if not blank or options.sparse_truth:
+        return ()
+    return (
+        f"the truth shows no object to judge in slices {', '.join(map(str, blank))}: they score 1 where nothing was "
+        "found and 0 where something was. If they are not labelled, leave them out with --slices",
+    )
+
+
 def _names(bundles: Sequence[Bundle]) -> list[str]:
-    """Return a name for each bundle: its own, or its path where two have the same."""
+    """Return a name for each bundle: its own, or its path where two have the same, numbered where it comes again."""
     own = [bundle.manifest.name for bundle in bundles]
-    return [name if own.count(name) == 1 else str(bundle.path) for name, bundle in zip(own, bundles, strict=True)]
+    names = [name if own.count(name) == 1 else str(bundle.path) for name, bundle in zip(own, bundles, strict=True)]
+    earlier = [names[:place].count(name) for place, name in enumerate(names)]
+    return [f"{name} ({before + 1})" if before else name for name, before in zip(names, earlier, strict=True)]
 
 
 def _shown_by_all(runs: Sequence[BundleRun]) -> ShownSlice | None:

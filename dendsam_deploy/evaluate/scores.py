@@ -125,8 +125,8 @@ class ScoreTally:
         self._profiles: list[ObjectMatches] = []
         self._largest: dict[int, tuple[int, int]] = {}
 
-    def add(self, z: int, table: ContingencyTable) -> None:
-        """Score the next slice.
+    def add(self, z: int, table: ContingencyTable) -> bool:
+        """Score the next slice; tell whether there was anything to score.
 
         Parameters
         ----------
@@ -140,7 +140,7 @@ class ScoreTally:
         if not len(judged) or (options.sparse_truth and not judged.truth.any()):
             self._unscored.append(z)
             self._blocks.skip()
-            return
+            return False
         overlaps = ObjectOverlaps.from_table(judged)
         counts = len(overlaps.truth_ids), len(overlaps.segment_ids)
         self.per_slice.append(SliceScores(z, *counts, score_objects(judged)))
@@ -149,6 +149,7 @@ class ScoreTally:
         for truth_id, area in zip(overlaps.truth_ids.tolist(), overlaps.truth_voxels.tolist(), strict=True):
             if area > self._largest.get(truth_id, (0, 0))[0]:
                 self._largest[truth_id] = area, z
+        return True
 
     def report(self, labels: str, truth: str) -> ScoreReport:
         """Put everything together; at least one slice was scored."""

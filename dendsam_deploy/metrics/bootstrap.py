@@ -119,14 +119,16 @@ def jackknife_interval(value: NDArray[np.float64], left_out: NDArray[np.float64]
     Returns
     -------
     ndarray, shape (2, M), float64
-        Lower and upper ends: Student's t times the standard error ``sqrt((B - 1) / B sum (v_b - mean)^2)``.
+        Lower and upper ends: Student's t times ``sqrt((B - 1) / B sum (v_b - v)^2)``, the standard error around the
+        score v of all blocks. Around the mean of the v_b it would be nothing where every single block makes the same
+        difference, as it does to scores with thresholds.
 
     References
     ----------
     B. Efron, C. Stein, Annals of Statistics 9 (1981) 586-596, doi:10.1214/aos/1176345462
     """
     blocks = len(left_out)
-    spread = np.sqrt((blocks - 1) / blocks * np.square(left_out - left_out.mean(axis=0)).sum(axis=0))
+    spread = np.sqrt((blocks - 1) / blocks * np.square(left_out - value).sum(axis=0))
     reach = stdtrit(blocks - 1, (1 + INTERVAL_LEVEL) / 2) * spread
     ends: NDArray[np.float64] = np.stack([value - reach, value + reach])
     return ends

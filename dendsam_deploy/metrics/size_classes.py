@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 ACCURACY_THRESHOLDS = tuple(sorted({*S_INST_THRESHOLDS, *MSA_THRESHOLDS}))
 """IoU .10, .15, ... .95."""
 
-_PANOPTIC_IOU = 0.5
+_PANOPTIC_IOU = float(np.nextafter(0.5, 1))
+"""Panoptic quality counts an IoU above .5, segmentation accuracy one of .5, too."""
+
+_MATCH_THRESHOLDS = (*ACCURACY_THRESHOLDS, _PANOPTIC_IOU)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +34,7 @@ class ObjectMatches:
     truth_sizes, segment_sizes : ndarray, shapes (T,) and (S,), int64
         Sizes of the objects on either side.
     truth_found, segment_found : ndarray, shapes (T,) and (S,), int64
-        Bit ``i`` is set where the object is matched at IoU ``.10 + .05 i``.
+        Bit ``i`` is set where the object is matched at IoU ``.10 + .05 i``, the last where it is above .5.
     best_iou : ndarray, shape (T,), float64
         The largest IoU that an object of the truth has with any segment.
     """
@@ -47,7 +50,7 @@ class ObjectMatches:
         """Match objects at every threshold."""
         truth_found = np.zeros(len(overlaps.truth_ids), np.int64)
         segment_found = np.zeros(len(overlaps.segment_ids), np.int64)
-        for bit, threshold in enumerate(ACCURACY_THRESHOLDS):
+        for bit, threshold in enumerate(_MATCH_THRESHOLDS):
             matched = match_objects(overlaps, threshold)
             truth_found[overlaps.pair_truth[matched]] |= 1 << bit
             segment_found[overlaps.pair_segment[matched]] |= 1 << bit
@@ -90,7 +93,7 @@ class SizeClass:
     truth_objects, found : int
         Objects of the truth, and how many of them have a segment of IoU above .5.
     extra_segments : int
-        Segments of that size that match nothing at .5.
+        Segments of that size that match nothing above .5.
     mean_best_iou : float or None
         Mean of the largest IoU that each object has with any segment; None without objects.
     pq, sq, dq, s_inst, msa, sa50, sa75 : float
@@ -150,9 +153,9 @@ def _score_class(
         hits = int(np.count_nonzero(found >> bit & 1))
         objects = len(found) + int(np.count_nonzero(~extra >> bit & 1))
         accuracy[threshold] = hits / objects if objects else 1.0
-    is_found = best > _PANOPTIC_IOU  # such pairs are one to one by nature
-    half = ACCURACY_THRESHOLDS.index(_PANOPTIC_IOU)
-    false = int(np.count_nonzero(~extra >> half & 1))
+    panoptic = _MATCH_THRESHOLDS.index(_PANOPTIC_IOU)
+    is_found = (found >> panoptic & 1).astype(bool)  # such pairs are one to one by nature
+    false = int(np.count_nonzero(~extra >> panoptic & 1))
     hits = int(np.count_nonzero(is_found))
     is_empty = not len(found) and not false
     sq = 1.0 if is_empty else float(best[is_found].mean()) if hits else 0.0

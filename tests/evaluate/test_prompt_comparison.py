@@ -184,6 +184,36 @@ def test_volumes_that_do_not_fit_and_slices_that_are_not_there_are_refused(expor
         compare_prompts(stack / "raw.tif", stack / "labels.tif", [], QUICK)
 
 
+def test_slices_without_labels_are_not_taken_and_told_of(exported, stack, tmp_path):
+    labels = tifffile.imread(stack / "labels.tif")
+    labels[1] = 0
+    tifffile.imwrite(tmp_path / "part.tif", labels, photometric="minisblack")
+    files = stack / "raw.tif", tmp_path / "part.tif", [exported.bundle]
+    options = replace(QUICK, sources=("truth_box",))
+    found = compare_prompts(*files, options)
+    assert (found.slices, found.notes) == ((0, 2), ())
+    asked = compare_prompts(*files, replace(options, slices=(0, 3)))
+    assert asked.slices == (0, 1, 2)
+    assert "no object to judge in slices 1: they score 1" in asked.notes[0]
+
+
+def test_the_curve_leaves_out_what_the_table_does(exported, stack, tmp_path):
+    labels = tifffile.imread(stack / "labels.tif")
+    labels[1] = 0
+    tifffile.imwrite(tmp_path / "part.tif", labels, photometric="minisblack")
+    options = replace(QUICK, sources=("truth_box",), slices=(0, 3), ignore_labels=(0,))
+    found = compare_prompts(stack / "raw.tif", tmp_path / "part.tif", [exported.bundle], options)
+    assert [row.z for row in found.rows[0].report.per_slice] == [0, 2]
+    assert asdict(found.curves[0].points[0].scores) == pytest.approx(asdict(found.rows[0].report.slices))
+
+
+def test_the_same_bundle_twice_has_two_names(exported, stack):
+    options = replace(QUICK, slices=(0, 1), sources=("truth_box",), curve_repeats=0)
+    found = compare_prompts(stack / "raw.tif", stack / "labels.tif", [exported.bundle] * 2, options)
+    assert [row.bundle for row in found.rows] == [str(exported.bundle), f"{exported.bundle} (2)"]
+    assert [bundle.name for bundle in found.bundles] == [row.bundle for row in found.rows]
+
+
 def test_thresholds_of_the_grid_are_chosen_on_other_slices(exported, stack):
     options = replace(QUICK, sources=("point_grid",), grid_iou=None, grid_stability=0.9, curve_repeats=0)
     files = stack / "raw.tif", stack / "labels.tif", [exported.bundle]

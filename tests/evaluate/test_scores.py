@@ -342,7 +342,7 @@ def test_the_jackknife_leaves_each_block_out_once():
     without = [score(np.delete(labels, z, 0), np.delete(truth, z, 0), resamples=0) for z in range(8)]
     for name in ("s_inst", "dice"):
         values = [getattr(report.volume.objects, name) for report in without]
-        spread = np.sqrt(7 / 8 * np.square(values - np.mean(values)).sum())
+        spread = np.sqrt(7 / 8 * np.square(np.array(values) - getattr(whole.volume.objects, name)).sum())
         reach = 2.364624 * spread  # Student's t with 7 degrees of freedom at .975
         expected = getattr(whole.volume.objects, name) - reach, getattr(whole.volume.objects, name) + reach
         assert whole.intervals.volume[name] == pytest.approx(np.clip(expected, 0, 1), rel=1e-5)

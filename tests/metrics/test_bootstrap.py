@@ -51,6 +51,13 @@ def test_the_jackknife_of_a_mean_is_students_interval():
     assert (low, high) == pytest.approx(theirs)
 
 
+def test_a_score_that_every_block_changes_alike_is_not_sure():
+    """As a score with a threshold: .4 with all blocks, .6 without any one of them."""
+    low, high = jackknife_interval(np.array([0.4]), np.full((10, 1), 0.6))[:, 0]
+    assert low < 0.2
+    assert high > 0.6
+
+
 def test_intervals_hold_the_true_mean_about_as_often_as_they_say():
     rng = np.random.default_rng(7)
     hits = 0

@@ -41,15 +41,26 @@ def test_a_matched_segment_counts_with_its_object_and_not_by_its_own_size():
     assert (large.found, large.extra_segments, large.pq) == (1, 0, 0.7)
 
 
-def test_one_class_is_the_score_of_all_objects():
-    rng = np.random.default_rng(0)
-    truth = np.kron(rng.integers(0, 9, (6, 8)), np.ones((4, 4), int))
-    found = np.kron(rng.integers(0, 5, (6, 8)), np.ones((4, 4), int))
-    found = np.where(rng.random(found.shape) < 0.7, truth, found)
+def is_all_of_it(truth, found):
     (everything,) = score_size_classes(matches(truth, found), ())
     expected = score_objects(ContingencyTable.from_labels(truth, found))
     for name in ("pq", "sq", "dq", "s_inst", "msa", "sa50", "sa75"):
         assert getattr(everything, name) == pytest.approx(getattr(expected, name)), name
+
+
+def test_one_class_is_the_score_of_all_objects():
+    rng = np.random.default_rng(0)
+    truth = np.kron(rng.integers(0, 9, (6, 8)), np.ones((4, 4), int))
+    found = np.kron(rng.integers(0, 5, (6, 8)), np.ones((4, 4), int))
+    is_all_of_it(truth, np.where(rng.random(found.shape) < 0.7, truth, found))
+    for _ in range(200):  # so small that an IoU of exactly one half is frequent
+        is_all_of_it(*rng.integers(0, 4, (2, 3, 4)))
+
+
+def test_half_an_overlap_counts_for_accuracy_and_not_for_panoptic_quality():
+    truth, found = np.array([[1] * 8]), np.array([[1] * 4 + [0] * 4])
+    (only,) = score_size_classes(matches(truth, found), ())
+    assert (only.found, only.extra_segments, only.pq, only.dq, only.sa50) == (0, 1, 0, 0, 1)
 
 
 def test_slices_are_pooled():
