@@ -95,13 +95,19 @@ class MaskCriteria:
     def shortcomings(self, quality: Sequence[float]) -> str:
         """Say why a mask with these values is not kept, such as ``stability 0.61 < 0.85``; empty for one that is."""
         return "; ".join(
-            f"{field.name} {value:.2f} < {least:.2f}"
+            f"{field.name} {_told_apart(value, least)}"
             for field, value, least in zip(fields(self), quality, astuple(self), strict=True)
             if value < least
         )
 
     def __str__(self) -> str:
         return ", ".join(f"{field.name} >= {getattr(self, field.name):.3g}" for field in fields(self))
+
+
+def _told_apart(value: float, least: float) -> str:
+    """Write both numbers with as many decimals as it takes to see that they differ, at least two."""
+    decimals = next(d for d in range(2, 18) if f"{value:.{d}f}" != f"{least:.{d}f}")
+    return f"{value:.{decimals}f} < {least:.{decimals}f}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,8 @@ class ChosenMasks:
         Their values in the labels.
     truth_iou : ndarray, shape (N,), float64
         IoU with the truth; NaN where it is not known.
+    right_iou : float
+        From which such a mask is right. Wrong ones are not kept, whatever else speaks for them.
     bundle_sha256 : str
         What made them.
     refusal : str
@@ -79,6 +81,7 @@ class ChosenMasks:
     kept: NDArray[np.bool_]
     ids: NDArray[np.int64]
     truth_iou: NDArray[np.float64]
+    right_iou: float
     bundle_sha256: str
     refusal: str = ""
 
@@ -195,7 +198,11 @@ def _row(masks: ChosenMasks, row: int, margin: float) -> tuple[object, ...]:
     """Return the row of `MASK_COLUMNS` of one mask."""
     table = masks.table
     quality = table.qualities[row].tolist()
-    why_not = "" if masks.kept[row] else masks.criteria.shortcomings(quality) or masks.refusal
+    why_not = ""
+    if not masks.kept[row]:
+        iou = float(masks.truth_iou[row])
+        is_wrong = f"IoU {iou:.2f} with the truth" if iou < masks.right_iou else ""
+        why_not = masks.criteria.shortcomings(quality) or is_wrong or masks.refusal
     return (
         int(table.z[row]),
         int(masks.ids[row]),

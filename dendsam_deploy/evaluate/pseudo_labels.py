@@ -16,6 +16,7 @@ from dendsam_deploy.errors import InvalidArgumentError, VolumeError
 from dendsam_deploy.evaluate.mask_choice import JudgedMasks, MaskChoice, MaskCriteria, choose_criteria
 from dendsam_deploy.evaluate.mask_table import collect_masks, judge_masks, separate_twins
 from dendsam_deploy.evaluate.pseudo_files import (
+    MASKS_FILE,
     REVIEW_PAGE,
     RUN_FOLDER,
     ChosenMasks,
@@ -26,7 +27,7 @@ from dendsam_deploy.evaluate.pseudo_files import (
 from dendsam_deploy.evaluate.pseudo_options import DEFAULT_PRECISION, PseudoLabelOptions
 from dendsam_deploy.pipeline.interchange import write_formats
 from dendsam_deploy.pipeline.job import SegmentOptions
-from dendsam_deploy.pipeline.journal import JOURNAL_FILE, LABEL_FILES, fingerprint_of
+from dendsam_deploy.pipeline.journal import JOURNAL_FILE, LABEL_FILES, OTHER_FILES, fingerprint_of
 from dendsam_deploy.pipeline.scored_masks import ScoringOptions, score_masks
 from dendsam_deploy.progress import no_progress
 from dendsam_deploy.volume.open import open_labels, open_volume
@@ -148,6 +149,7 @@ def pseudo_label_volume(
             choice = _choose(table, truth_iou, options)
         criteria = _criteria(options) if choice is None else choice.criteria
         kept = criteria.keeps(table.qualities) & (choice is None or choice.reached)
+        kept &= ~(truth_iou < options.right_iou)  # what is known to be wrong need not be taught
         if options.kept_slices:
             kept &= np.isin(table.z, options.kept_slices)
         masks = ChosenMasks(
@@ -157,14 +159,14 @@ def pseudo_label_volume(
             kept,
             separate_twins(table, scored, kept),
             truth_iou,
+            options.right_iou,
             _bundle_digest(scored),
             "its slice gets no labels" if choice is None or choice.reached else "the wanted precision was not reached",
         )
         labels = None
+        _remove_results(folder, options.out)
         if choice is None or choice.reached:
             labels = _publish(masks, volume.info, options, progress)
-        else:
-            _remove_labels(folder)
     first, stop = looked_at.start, looked_at.stop
     fingerprint = fingerprint_of(
         {
@@ -260,17 +262,20 @@ def _publish(masks: ChosenMasks, info: VolumeInfo, options: PseudoLabelOptions, 
     """Write the labels and return where they are."""
     folder = pseudo_folder(options.out)
     label_format = options.format or ("ome-zarr" if info.format in ("zarr", "ome-zarr") else "tif")
-    if folder != options.out and label_format != "tif":
-        raise InvalidArgumentError(f"{options.out}: the name is that of a TIFF; drop the suffix, or write a TIFF")
+    if folder != options.out:
+        label_format = "tif"
     path = options.out if folder != options.out else folder / LABEL_FILES[label_format]
     write_pseudo_labels(path, masks, info, label_format, progress)
     return path
 
 
-def _remove_labels(folder: Path) -> None:
-    """Remove the labels of an earlier call, whose thresholds hold no longer."""
+def _remove_results(folder: Path, out: Path) -> None:
+    """Remove the labels of an earlier call and their exports, whose thresholds hold no longer."""
+    outdated = [folder / name for name in (*LABEL_FILES.values(), *OTHER_FILES.values())]
+    if out != folder and (folder / MASKS_FILE).is_file():
+        outdated.append(out)
     with storage_errors(folder):
-        for path in (folder / name for name in LABEL_FILES.values()):
+        for path in outdated:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -88,6 +88,8 @@ class PseudoLabelOptions:
             raise InvalidArgumentError("a precision is measured on labelled slices: give their labels as truth, too")
         if self.precision is not None and not 0 < self.precision <= 1:
             raise InvalidArgumentError(f"the wanted precision is {self.precision}, expected more than 0 and at most 1")
+        if self.format not in (None, "tif") and self.out.suffix.lower() in (".tif", ".tiff"):
+            raise InvalidArgumentError(f"{self.out}: the name is that of a TIFF; drop the suffix, or write a TIFF")
         MaskCriteria(**self.given_thresholds())
         self.judging()
         self.jitter()

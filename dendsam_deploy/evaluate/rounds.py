@@ -264,7 +264,7 @@ class _Rounds:
         """Say what a careful person should know about these rounds."""
         notices = [
             "each training keeps the weights that did best on the held-out slices, so all scores flatter a little, "
-            "alike in every round",
+            "alike in every round; of several rounds the best by the same slices is shown, which flatters its gain",
             "the bundles are unproven; run `dendsam-deploy verify` on the one that you use",
         ]
         if self.options.carry_on:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+LEAST_JUDGING_SLICES = 3
+"""Held-out slices below which no gain is told from chance: fewer have no spread to speak of."""
+
 ROUND_FILE = "round.json"
 """Written last into the folder of a round."""
 
@@ -156,7 +159,7 @@ class RoundsResult:
     @property
     def improved(self) -> bool:
         """Whether a round with pseudo-labels is better than round 0 by more than chance would explain."""
-        return self.best.number > 0 and self.gain[1] > 0
+        return self.best.number > 0 and self.gain[1] > 0 and len(self.best.box_iou) >= LEAST_JUDGING_SLICES
 
     def verdict(self) -> str:
         """Say in plain words whether the rounds were worth it."""
@@ -174,6 +177,8 @@ class RoundsResult:
             f"Round {best.number} is the best: mean IoU {best.score:.3f} from exact boxes on the held-out slices, "
             f"{first.score:.3f} without pseudo-labels; {gain:+.3f} ({low:+.3f} to {high:+.3f} over slices)"
         )
+        if len(best.box_iou) < LEAST_JUDGING_SLICES:
+            return f"{text}, which may be chance: hold out {LEAST_JUDGING_SLICES} slices or more to tell."
         return f"{text}." if self.improved else f"{text}, which may be chance."
 
     def to_document(self) -> dict[str, Any]:

@@ -125,6 +125,8 @@ def test_margins_and_reasons() -> None:
     assert criteria.margins(qualities) == pytest.approx([0.5, 0.0, -0.5, -1.0, 1.0])
     assert criteria.shortcomings(qualities[3]) == "score 0.25 < 0.50; predicted_iou 0.40 < 0.80"
     assert criteria.shortcomings(qualities[0]) == ""
+    near = [*qualities[0][:2], 0.8499, qualities[0][3]]
+    assert MaskCriteria(stability=0.85).shortcomings(near).endswith("stability 0.8499 < 0.8500")
     assert MaskCriteria(1, 1, 1, 1).margins(np.ones((1, 4))).tolist() == [1.0]
     assert MaskCriteria(0, 0, 0, 0).keeps(np.zeros((1, 4))).all()
     assert astuple(criteria) == (0.5, 0.8, 0.8, 0.4)

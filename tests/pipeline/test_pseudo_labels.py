@@ -128,6 +128,14 @@ def test_precision_on_a_longer_stack(tmp_path) -> None:
     assert len(kept) == sum(float(row["truth_iou"]) >= 0.5 for row in rows)  # none that is right is given away
     assert result.choice is not None
     assert result.choice.left_out is not None
+
+    everything = run(volume, tmp_path / "all", session, truth=truth, precision=0.1, **EVERYTHING)
+    assert everything.reached
+    rows = read_rows(tmp_path / "all" / "masks.csv")
+    wrong = [row for row in rows if float(row["truth_iou"]) < 0.5]
+    assert len(wrong) == len(rows) - everything.kept > 0, "what is known to be wrong is not taught"
+    assert {row["kept"] for row in wrong} == {"no"}
+    assert all(row["why_not"].startswith("IoU 0.") for row in wrong)
     assert result.choice.left_out.precision >= 0.95
     labels, record = PseudoRecord.read(tmp_path / "out")
     assert labels == result.labels
@@ -263,6 +271,22 @@ def test_slices_that_are_not_looked_at_stay_unlabelled(volume, tmp_path) -> None
     assert np.flatnonzero(tifffile.imread(few.labels).any(axis=(1, 2))).tolist() == [2]
     rows = read_rows(tmp_path / "few" / "masks.csv")
     assert {row["why_not"] for row in rows if row["z"] != "2"} == {"its slice gets no labels"}
+
+
+def test_nothing_of_other_thresholds_stays_behind(volume, truth, tmp_path) -> None:
+    out, folder = tmp_path / "labels.tif", tmp_path / "labels.pseudo"
+    names = ["boxes.yolo", "masks.coco.json", "rois.zip"]
+    run(volume, out, also=("coco", "yolo", "roi"), **EVERYTHING)
+    assert out.is_file()
+    assert all((folder / name).exists() for name in names)
+    run(volume, out, **EVERYTHING)
+    assert out.is_file()
+    assert not any((folder / name).exists() for name in names)
+    session = make_session(decoder=SometimesWrong())
+    assert not run(volume, out, session, truth=truth, precision=1.0, restart=True).reached
+    assert not out.exists()
+    with pytest.raises(InvalidArgumentError, match="the name is that of a TIFF"):
+        run(volume, out, format="ome-zarr")
 
 
 @pytest.mark.parametrize("depth", [1, 3])
