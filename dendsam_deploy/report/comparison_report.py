@@ -16,7 +16,7 @@ from dendsam_deploy.report.figures_estimates import Estimate, estimate_curves, e
 from dendsam_deploy.report.overlays import outlines
 from dendsam_deploy.report.page import render_page
 from dendsam_deploy.report.score_tables import csv_text
-from dendsam_deploy.report.scores_report import MEANINGS, interval_text
+from dendsam_deploy.report.scores_report import MEANINGS, interval_text, size_text
 from dendsam_deploy.report.worst_objects import SEGMENT_COLOUR, TRUTH_COLOUR
 from dendsam_deploy.volume.raster import encode_png, resize_bilinear
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.evaluate.box_error_curve import BoxErrorCurve
     from dendsam_deploy.evaluate.comparison_report import Comparison, ComparisonRow, RelativeChange, ShownSlice
+    from dendsam_deploy.metrics.size_classes import SizeClass
 
 TABLE_SCORES = ("oce", "pq", "sq", "dq", "s_inst", "msa", "sa50", "sa75", "dice")
 """Columns of the table."""
@@ -55,6 +56,7 @@ def render_comparison_report(comparison: Comparison) -> str:
         "meanings": {name: MEANINGS[name] for name in TABLE_SCORES},
         "tables": [(bundle, _table(comparison, bundle.name)) for bundle in comparison.bundles],
         "charts": _charts(comparison),
+        "size_tables": [(bundle, _size_table(comparison, bundle.name)) for bundle in comparison.bundles],
         "grids": [(row, row.grid) for row in comparison.rows if row.grid is not None],
         "pictures": [] if comparison.shown is None else _pictures(comparison.shown),
         "truth_colour": ", ".join(map(str, TRUTH_COLOUR.tolist())),
@@ -83,6 +85,8 @@ def write_comparison_table(path: Path, comparison: Comparison) -> None:
             change = row.relative.get(name)
             line |= {name: value, f"{name}_low": low, f"{name}_high": high}
             line[f"{name}_relative_percent"] = None if change is None else change.percent
+            line[f"{name}_relative_low"] = None if change is None else change.low
+            line[f"{name}_relative_high"] = None if change is None else change.high
         rows.append(line | asdict(row.report.volume.partition) | {"seconds_per_slice": row.seconds_per_slice})
     with storage_errors(path):
         write_text(path, csv_text(rows))
@@ -91,6 +95,22 @@ def write_comparison_table(path: Path, comparison: Comparison) -> None:
 def change_text(change: RelativeChange | None) -> str:
     """Write a relative change the way the paper does, such as ``+19.1 %``; nothing where there is none."""
     return "" if change is None or change.percent is None else f"{change.percent:+.1f} %"
+
+
+def _change_interval(change: RelativeChange | None) -> str:
+    """Write the interval of a relative change; nothing where there is none."""
+    return "" if change is None or change.low is None else f"{change.low:+.1f} to {change.high:+.1f}"
+
+
+def _size_table(comparison: Comparison, bundle: str) -> list[tuple[str, str, SizeClass]]:
+    """Return the size, the prompts and the scores of each class of 2-D objects of one bundle, the smallest first."""
+    own = [row for row in comparison.rows if row.bundle == bundle]
+    table = [
+        (place, size_text(scores, row.report.voxel_size_nm, 2), SOURCE_TITLES[row.prompts], scores)
+        for row in own
+        for place, scores in enumerate(row.report.size_classes.slices)
+    ]
+    return [line[1:] for line in sorted(table, key=lambda line: line[0])]
 
 
 def _table(comparison: Comparison, bundle: str) -> list[tuple[str, ComparisonRow, list[dict[str, str]]]]:
@@ -105,6 +125,7 @@ def _table(comparison: Comparison, bundle: str) -> list[tuple[str, ComparisonRow
                 "value": f"{values[name]:.3f}",
                 "interval": interval_text(row.report.intervals.slices.get(name)).replace(" to ", "–"),
                 "change": change_text(row.relative.get(name)),
+                "change_interval": _change_interval(row.relative.get(name)),
             }
             for name in TABLE_SCORES
         ]

@@ -95,6 +95,8 @@ def test_the_page_has_a_table_for_each_bundle(comparison, tmp_path) -> None:
     assert "pieces of the truth below 25.0 px are not judged" in page.text
     assert comparison.curves[0].verdict in page.text
     assert "27 0.80 5 0.90 3 2 0.910" in page.text
+    assert page.text.count("By size of the objects") == 2
+    assert "+12.0 to +25.0" in page.text
     assert page.tags.count("img") == 4
 
 
