@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -208,7 +208,9 @@ def finetune_detector(
         if not earlier_s:
             folder.remove()
         raise
-    setup = _set_up(start, data, options, digest)
+    state = read_state(folder.path)
+    # What is resumed goes on with its batch, however much memory is free by now.
+    setup = _set_up(start, data, options, digest, None if state is None else state.get("batch"))
     for line in (setup.batch.describe(), *setup.warnings):
         progress(Progress("plan", 1, 1, line))
     judging = time.monotonic()
@@ -223,7 +225,7 @@ def finetune_detector(
         held_out=data.held_out,
         elapsed_s=time.monotonic() - started,
         joins_tiles=options.augment != "none",
-        state=read_state(folder.path),
+        state=state,
         closing_s=loading_s + time.monotonic() - judging,
     )
     with Logbook(logbook_folder(options.out), setup.config, "epoch", plan.first_epoch) as book:
@@ -256,12 +258,15 @@ def finetune_detector(
     return result
 
 
-def _set_up(start: YoloDetector, data: _TrainingSet, options: DetectorTrainingOptions, digest: str) -> _Setup:
-    """Compare the data with the network, and choose the batch."""
+def _set_up(
+    start: YoloDetector, data: _TrainingSet, options: DetectorTrainingOptions, digest: str, batch_before: int | None
+) -> _Setup:
+    """Compare the data with the network, and choose the batch, or take the one of the interrupted run."""
     head = head_facts(start, options.tile_size_px)
     limits = check_limits(data.boxes, head, data.scale[0])
     warnings = tuple(check.describe() for check in limits if not check.passed)
-    batch = plan_batch(start, options.tile_size_px, data.most_boxes, options.schedule)
+    schedule = replace(options.schedule, batch=batch_before) if batch_before else options.schedule
+    batch = plan_batch(start, options.tile_size_px, data.most_boxes, schedule)
     config = {"options": _plain(options), "start": digest, "batch": batch.tiles, "volumes": _plain(data.volumes)}
     return _Setup(head, limits, warnings, batch, config)
 

@@ -25,6 +25,7 @@ def store_state(path: Path, trainer: Any) -> None:  # noqa: ANN401 - ultralytics
     content = {
         "epoch": int(trainer.epoch),
         "epochs": int(trainer.epochs),
+        "batch": int(trainer.batch_size),
         "model": trainer.model.state_dict(),
         "average": trainer.ema.ema.state_dict(),
         "updates": int(trainer.ema.updates),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dendsam_deploy.errors import VolumeError
+from dendsam_deploy.errors import InvalidArgumentError, VolumeError
 from dendsam_deploy.models.box_decoder import BoxDecoderGraph
 from dendsam_deploy.models.image_encoder import ImageEncoderGraph
 from dendsam_deploy.progress import Progress, ProgressCallback, no_progress
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
     from dendsam_deploy.training.sam_options import SamTrainingOptions
     from dendsam_deploy.training.source import TrainingSource
+
+KEEP_AFTER_S = 60.0
+"""Time after which the state of a run is kept between judgements, too."""
 
 
 class SamTrainer:
@@ -124,19 +127,23 @@ class SamTrainer:
         """
         course = self._course(resume)
         started, earlier = time.monotonic(), course.elapsed_s
-        last_judged = started
-        while not course.is_stuck(self.options.patience):
-            done = self.team.agree(self._fraction_done(course))
-            if done >= 1:
+        last_judged = last_kept = started
+        keep_after_s, is_stuck = KEEP_AFTER_S, False
+        while (done := self.team.agree(self._fraction_done(course))) < 1:
+            is_stuck = course.is_stuck(self.options.patience)
+            if is_stuck:
                 break
             course.take(self.take_step(course.step, done), earlier + time.monotonic() - started)
             progress(self._progress(course))
             if self.team.agree(self._judgement_is_due(course.step, time.monotonic() - last_judged)):
                 self._judge(course)
-                if checkpoint is not None:
-                    checkpoint(self._snapshot(course))
-                last_judged = time.monotonic()
+                last_judged, last_kept = time.monotonic(), -math.inf
             course.elapsed_s = earlier + time.monotonic() - started
+            begun = time.monotonic()
+            if checkpoint is not None and begun - last_kept > keep_after_s:
+                checkpoint(self._snapshot(course))
+                last_kept = time.monotonic()
+                keep_after_s = max(KEEP_AFTER_S, 20 * (last_kept - begun))  # large models take a while to write
         if course.history[-1].step < course.step:
             self._judge(course)
         winner = max(reversed(course.history), key=lambda entry: entry.held_out_iou)  # of equally good ones the last
@@ -147,7 +154,7 @@ class SamTrainer:
             best_step=winner.step,
             steps=course.step,
             seconds=course.elapsed_s,
-            stopped_early=course.is_stuck(self.options.patience),
+            stopped_early=is_stuck,
             history=tuple(course.history),
             first_scores=course.first_scores,
         )
@@ -214,7 +221,9 @@ class SamTrainer:
         """Judge the averaged weights and note it; keep them if they are as good as the best."""
         iou = self.held_out_iou()
         if iou >= max(entry.held_out_iou for entry in course.history):
-            course.best = self.averaged_state()
+            state = self.averaged_state()
+            if all(bool(value.isfinite().all()) for value in state.values()):
+                course.best = state
         rate = float(self.optimiser.param_groups[0]["lr"])
         course.history.append(judge.Judgement(course.step, course.elapsed_s, iou, *course.means, rate))
         self.rate.judged(iou)
@@ -257,7 +266,14 @@ class SamTrainer:
         self.scaler.update()
         self.average.update(self.sam)
         losses, ious = zip(*learnt, strict=True)
-        return self.team.mean((sum(losses) / len(losses), sum(ious) / len(ious)))
+        loss, iou = self.team.mean((sum(losses) / len(losses), sum(ious) / len(ious)))
+        # With fp16 a single overflow is part of the game, and its step is left out by the scaler.
+        if not math.isfinite(loss) and not self.scaler.is_enabled():
+            raise InvalidArgumentError(
+                f"the training diverged: the loss of step {step + 1} is {loss}; lower the learning rate "
+                f"({self.plan.learning_rate:g}), and begin anew with --no-resume"
+            )
+        return loss, iou
 
     def _learn(self, batch: Batch, rng: np.random.Generator) -> tuple[float, float]:
         """Add the gradient of a batch, a share of the step's; return the loss and the mean IoU."""

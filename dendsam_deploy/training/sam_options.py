@@ -233,6 +233,8 @@ class SamTrainingOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InvalidArgumentError(f"{name} of a training is {value}, expected more than 0")
+            if value is not None and name != "clip_norm" and not math.isfinite(value):
+                raise InvalidArgumentError(f"{name} of a training is {value}, expected a finite number")
         for name in ("exact_fraction", "point_fraction", "mask_fraction"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

@@ -17,7 +17,7 @@ from dendsam_deploy.errors import (
     VolumeError,
 )
 from dendsam_deploy.models.detector import load_detector
-from dendsam_deploy.training import detector
+from dendsam_deploy.training import detector, detector_plan
 from dendsam_deploy.training.detector import DEFAULT_ARCHITECTURE, finetune_detector
 from dendsam_deploy.training.detector_tiles import TileAt, held_out_tiles, training_tiles, write_tiles
 from dendsam_deploy.training.logbook import read_history
@@ -223,8 +223,12 @@ def interrupted(*arguments):
 
 @pytest.mark.slow
 def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(volume, small, tmp_path, monkeypatch):
-    """Interrupted amid the second epoch and behind the last one; weights and course equal an uninterrupted run's."""
-    longer = dataclasses.replace(small, schedule=dataclasses.replace(SHORT, epochs=3))
+    """Interrupted amid the second epoch and behind the last one; weights and course equal an uninterrupted run's.
+
+    The batch is planned by the memory that is free, and stays when it is more the next time.
+    """
+    longer = dataclasses.replace(small, schedule=dataclasses.replace(SHORT, epochs=3, batch=None))
+    monkeypatch.setattr(detector_plan, "free_bytes", lambda _: 1 << 20)
     whole = dataclasses.replace(longer, out=tmp_path / "whole" / "detector.pt")
     finetune_detector(*volume, whole)
 
@@ -238,6 +242,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(volume, smal
     with pytest.raises(CheckpointError, match="other settings"):
         finetune_detector(*volume, dataclasses.replace(longer, zoom=2.0))
     seen = []
+    monkeypatch.setattr(detector_plan, "free_bytes", lambda _: 1 << 40)
     with monkeypatch.context() as patch:
         patch.setattr(detector, "sample_predictions", interrupted)
         with pytest.raises(KeyboardInterrupt):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -211,6 +212,18 @@ class TestStopping:
         again = trainer_of(start, options).run(resume=recorder.states[-1])
         assert (again.steps, again.stopped_early) == (result.steps, True)
 
+    def test_a_training_that_ran_to_its_end_was_not_stopped(self, start):
+        options = dataclasses.replace(SHORT, steps=3, judge_steps=1, learning_rate=0.5, patience=3, rate="plateau")
+        result = trainer_of(start, options).run()
+        assert (result.steps, result.best_step, result.stopped_early) == (3, 0, False)
+
+    def test_a_training_that_diverges_says_so(self, start):
+        trainer = trainer_of(start, dataclasses.replace(SHORT, steps=6))
+        for parameter in trainer.sam.mask_decoder.parameters():
+            parameter.data.fill_(math.nan)
+        with pytest.raises(InvalidArgumentError, match="diverged: the loss of step 1 is nan; lower the learning rate"):
+            trainer.run()
+
     def test_without_patience_it_goes_on(self, start):
         options = dataclasses.replace(SHORT, steps=6, judge_steps=1, learning_rate=0.5)
         result = trainer_of(start, options).run()
@@ -224,6 +237,7 @@ class TestStopping:
             ({"rate": "linear"}, "choose one of cosine, plateau"),
             ({"precision": "int8"}, "choose one of fp32, bf16, fp16"),
             ({"patience": 0}, "patience of a training is 0"),
+            ({"learning_rate": math.inf}, "learning_rate of a training is inf, expected a finite number"),
             ({"lora_rank": 0}, "lora_rank"),
             ({"devices": 0}, "devices"),
             ({"clip_norm": 0.0}, "clip_norm"),

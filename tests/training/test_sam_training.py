@@ -15,6 +15,7 @@ from spy_volume import SpyVolume
 from dendsam_deploy.errors import InvalidArgumentError, MissingCapabilityError, VolumeError
 from dendsam_deploy.models.sam import build_sam, initialise
 from dendsam_deploy.training import batches
+from dendsam_deploy.training import sam as sam_module
 from dendsam_deploy.training.batches import BatchRecipe, draw_batch
 from dendsam_deploy.training.sam import SamTrainer
 from dendsam_deploy.training.sam_options import SamTrainingOptions
@@ -168,6 +169,17 @@ class TestResume:
         assert without_times(again.history) == without_times(whole.history)
         assert again.steps == 4
         assert again.seconds > state.elapsed_s
+
+    def test_a_state_from_between_judgements_is_as_good(self, start, monkeypatch):
+        """Kept by time, so that a kill before the first judgement does not cost everything."""
+        monkeypatch.setattr(sam_module, "KEEP_AFTER_S", 0.0)
+        recorder = Recorder()
+        whole = trainer_of(start, self.OPTIONS).run(checkpoint=recorder.keep)
+        assert recorder.states[0].step == 1
+        again = SamTrainer(build_sam("tiny", 64), [source_of()], self.OPTIONS, with_hints=True)
+        result = again.run(resume=recorder.states[0])
+        assert equal(result.state, whole.state)
+        assert without_times(result.history) == without_times(whole.history)
 
     def test_a_finished_run_only_hands_its_result_out_again(self, start):
         recorder = Recorder()
