@@ -143,7 +143,8 @@ def _train(
     torch.manual_seed(options.schedule.seed)
     sam, image_size, digest = _starting_model(options)
     with ExitStack() as stack:
-        sources = stack.enter_context(open_sources(volumes, options, image_size))
+        least_px = options.schedule.min_object_px
+        sources = stack.enter_context(open_sources(volumes, options, image_size, least_px))
         pseudo: tuple[TrainingSource, ...] = ()
         if options.pseudo:
             true = TrueLabels(volumes, sources, options.gap)

@@ -101,7 +101,7 @@ def _open(folder: Path, weight: float, true: TrueLabels, stack: ExitStack) -> Tr
             f"teach: {len(near & set(record.kept_masks))} lie within {true.gap} of held-out slices and "
             f"{len(labelled)} have true labels; make pseudo-labels of others, or train on fewer true slices"
         )
-    volume = LabelledVolume(image, labels, slices)
+    volume = LabelledVolume(image, labels, slices, least_px=true.sources[0].train.least_px)
     recipe, pixel_size_nm = _scale(volume, image, same or true.sources, is_same=bool(same))
     return TrainingSource(
         volume, None, recipe, weight, pixel_size_nm, f"pseudo-labels of {folder.name}", is_dense=False

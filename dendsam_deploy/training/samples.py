@@ -100,6 +100,8 @@ class LabelledVolume:
         The slices that may be used, ascending; a range where they are contiguous.
     background : tuple of int
         Labels that are not objects, such as a membrane class; 0 never is one.
+    least_px : float
+        Least area of an object in a slice, slice px; smaller ones are left out, as unlabelled.
 
     Raises
     ------
@@ -108,7 +110,12 @@ class LabelledVolume:
     """
 
     def __init__(
-        self, image: VolumeReader, labels: VolumeReader, slices: Sequence[int], background: tuple[int, ...] = ()
+        self,
+        image: VolumeReader,
+        labels: VolumeReader,
+        slices: Sequence[int],
+        background: tuple[int, ...] = (),
+        least_px: float = MIN_OBJECT_PX,
     ) -> None:
         if image.info.shape_zyx != labels.info.shape_zyx:
             raise VolumeError(
@@ -120,6 +127,7 @@ class LabelledVolume:
         """Prepared slices are kept up to that size, at least one."""
         self.depth = image.info.shape_zyx[0]
         self.source, self.labels_source = str(image.info.source), str(labels.info.source)
+        self.least_px = least_px
         self._image, self._labels, self._background = image, labels, background
         self._cache: OrderedDict[int, LabelledSlice] = OrderedDict()
         self._cached_bytes = 0
@@ -135,7 +143,9 @@ class LabelledVolume:
         if self._background:
             labels[np.isin(labels, self._background)] = 0
         image = to_uint8(self._image.read(z), f"{self._image.info.source}: slice {z}")
-        prepared = LabelledSlice(image, label_components(labels)[0])
+        objects = label_components(labels)[0]
+        objects[(np.bincount(objects.ravel()) < self.least_px)[objects]] = 0
+        prepared = LabelledSlice(image, objects)
         self._cache[z] = prepared
         self._cached_bytes += sum(array.nbytes for array in prepared)
         while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
@@ -154,7 +164,7 @@ class LabelledVolume:
     def _areas(self, slices: Sequence[int]) -> NDArray[np.int64]:
         areas = [np.bincount(self[z].objects.ravel())[1:] for z in slices]
         every = np.concatenate([np.zeros(0, np.int64), *areas]).astype(np.int64)
-        return every[every >= MIN_OBJECT_PX]
+        return every[every > 0]  # the numbers of those that were left out have none
 
 
 def random_tile(volume: LabelledVolume, recipe: TileRecipe, rng: np.random.Generator) -> Tile:

@@ -60,7 +60,7 @@ class TrainingSource:
 
 @contextmanager
 def open_sources(
-    volumes: Sequence[LabelledPaths], options: DataOptions, tile_size_px: int
+    volumes: Sequence[LabelledPaths], options: DataOptions, tile_size_px: int, least_px: float = MIN_OBJECT_PX
 ) -> Iterator[tuple[TrainingSource, ...]]:
     """Open labelled volumes, divide the slices of each and choose their scales.
 
@@ -76,6 +76,8 @@ def open_sources(
         What holds for all volumes of which nothing else is said.
     tile_size_px : int
         Side S of the model's input.
+    least_px : float
+        Least area of an object in a slice, slice px.
 
     Raises
     ------
@@ -85,7 +87,7 @@ def open_sources(
         If a file cannot be used, or the slices for training or those held out show no object.
     """
     with ExitStack() as stack:
-        opened = [stack.enter_context(_open(entry, options, tile_size_px)) for entry in volumes]
+        opened = [stack.enter_context(_open(entry, options, tile_size_px, least_px)) for entry in volumes]
         sources = [dataclasses.replace(one, name=name) for one, name in zip(opened, _names(volumes), strict=True)]
         _check_apart(volumes, sources, options.gap)
         for volume in (part for source in sources for part in (source.train, source.held_out) if part is not None):
@@ -127,13 +129,13 @@ def hulls(sources: Sequence[TrainingSource]) -> tuple[tuple[int, int], tuple[int
 
 
 @contextmanager
-def _open(entry: LabelledPaths, options: DataOptions, tile_size_px: int) -> Iterator[TrainingSource]:
+def _open(entry: LabelledPaths, options: DataOptions, tile_size_px: int, least_px: float) -> Iterator[TrainingSource]:
     """Open one volume; an error on the way there names the line that it stands in."""
     with ExitStack() as stack:
         try:
             image = stack.enter_context(open_volume(entry.volume, entry.voxel_size_nm or options.voxel_size_nm))
             labels = stack.enter_context(open_labels(entry.labels))
-            source = _divided(entry, image, labels, options, tile_size_px)
+            source = _divided(entry, (image, labels), options, tile_size_px, least_px)
         except DendsamError as error:
             if not entry.place:
                 raise
@@ -142,9 +144,14 @@ def _open(entry: LabelledPaths, options: DataOptions, tile_size_px: int) -> Iter
 
 
 def _divided(
-    entry: LabelledPaths, image: VolumeReader, labels: VolumeReader, options: DataOptions, tile_size_px: int
+    entry: LabelledPaths,
+    opened: tuple[VolumeReader, VolumeReader],
+    options: DataOptions,
+    tile_size_px: int,
+    least_px: float,
 ) -> TrainingSource:
     """Divide the slices of a volume and choose the scale that suits its objects."""
+    image, labels = opened
     depth = image.info.shape_zyx[0]
     fraction = 0.0 if entry.only_teaches else options.holdout_fraction
     named = () if entry.only_teaches else entry.held_out or options.held_out
@@ -153,12 +160,12 @@ def _divided(
         raise InvalidArgumentError("training needs slices to judge by, one of them held out at least; hold some out")
     if entry.train:
         train = _named_slices(train, entry)
-    learn = LabelledVolume(image, labels, train, options.background_labels)
-    held_out = LabelledVolume(image, labels, judge, options.background_labels) if judge else None
+    learn = LabelledVolume(image, labels, train, options.background_labels, least_px)
+    held_out = LabelledVolume(image, labels, judge, options.background_labels, least_px) if judge else None
     areas = learn.object_areas()
-    _require_objects(entry.labels, train, areas)
+    _require_objects(entry.labels, learn, areas)
     if held_out is not None:
-        _require_objects(entry.labels, judge, held_out.object_areas())
+        _require_objects(entry.labels, held_out, held_out.object_areas())
     zoom = options.zoom or plan_zoom(areas)
     voxel_size = image.info.voxel_size_nm
     # Training scales both axes alike. Where pixels are not square no one size describes what it saw, and deployment
@@ -192,11 +199,11 @@ def _names(volumes: Sequence[LabelledPaths]) -> list[str]:
     ]
 
 
-def _require_objects(path: Path, slices: Sequence[int], areas_px: NDArray[np.int64]) -> None:
+def _require_objects(path: Path, volume: LabelledVolume, areas_px: NDArray[np.int64]) -> None:
     """Raise unless some slices show an object."""
     if not len(areas_px):
         raise VolumeError(
-            f"{path}: no object of {MIN_OBJECT_PX} px or more in slices {slices_text(slices)}; "
+            f"{path}: no object of {volume.least_px:g} px or more in slices {slices_text(volume.slices)}; "
             "choose others with slices"
         )
 

@@ -63,6 +63,16 @@ def test_background_labels_are_no_objects():
     assert volume.object_areas().tolist() == [20 * 64]
 
 
+def test_objects_below_the_least_area_are_left_out():
+    labels = np.zeros((1, 64, 64), np.uint32)
+    labels[0, 2:6, 2:6], labels[0, 20:25, 20:25], labels[0, 40:50, 40:50] = 1, 2, 3  # 16, 25 and 100 px
+    image = ArrayVolume(np.zeros((1, 64, 64), np.uint8))
+    for least_px, areas in ((25, [25, 100]), (26, [100]), (5, [16, 25, 100])):
+        volume = LabelledVolume(image, ArrayVolume(labels), range(1), least_px=least_px)
+        assert volume.object_areas().tolist() == areas
+        assert np.array_equal(volume[0].objects > 0, np.isin(labels[0], [1, 2, 3][-len(areas) :]))
+
+
 def test_random_tiles_have_the_models_size_and_zeros_beyond_their_own():
     for seed in range(20):
         tile = random_tile(labelled(), TileRecipe(96, 1.0), np.random.default_rng(seed))
