@@ -5,8 +5,8 @@ from __future__ import annotations
 from dendsam_deploy.bundle.manifest import Role, TensorSpec
 from dendsam_deploy.geometry import EMBEDDING_STRIDE_PX, LOGIT_STRIDE_PX
 
-MASKS_PER_CLICK = 3
-"""Masks that the decoder for points returns for each prompt."""
+MASKS_PER_CLICK = 4
+"""Masks that the decoder for points returns for each prompt: the one that answers several clicks, then three of one."""
 
 EMBEDDING_CHANNELS = 256
 """Width of SAM's image embedding, the same in every published model."""

@@ -81,9 +81,9 @@ class PointAnswers:
         1 in the object, 0 beside it, -1 padding.
     tile_index : ndarray, shape (M,), int64
         The tile of each prompt.
-    logits : ndarray, shape (M, 3, S/4, S/4), float32
-        Of the three masks.
-    iou : ndarray, shape (M, 3), float32
+    logits : ndarray, shape (M, 4, S/4, S/4), float32
+        Of the masks that answer each prompt, see `contract.MASKS_PER_CLICK`.
+    iou : ndarray, shape (M, 4), float32
         Predicted IoU.
     """
 

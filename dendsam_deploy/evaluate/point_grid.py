@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dendsam_deploy.errors import InvalidArgumentError
-from dendsam_deploy.evaluate.point_prompts import prompts_per_call, run_points
+from dendsam_deploy.evaluate.point_prompts import FIRST_ALTERNATIVE, prompts_per_call, run_points
 from dendsam_deploy.instances import Detections, Masks, suppress_duplicates
 from dendsam_deploy.pipeline.upsample import upsample_masks
 
@@ -198,10 +198,11 @@ def find_grid_candidates(
             some = grid[start : start + prompts_per_call(decoder), None]
             index = np.full(len(some), number, np.int64)
             outputs = run_points(decoder, embeddings, some, np.ones((len(some), 1), np.int64), index)
-            predicted.append(outputs.iou.ravel())
-            sure = outputs.iou > options.predicted_iou
+            logits, iou = outputs.logits[:, FIRST_ALTERNATIVE:], outputs.iou[:, FIRST_ALTERNATIVE:]
+            predicted.append(iou.ravel())
+            sure = iou > options.predicted_iou
             # Only those that pass are held; all masks of a tile would be 800 MB at 1024 px.
-            candidates += _stable(outputs.logits[sure], outputs.iou[sure], number, plan, (mask_logit, options))
+            candidates += _stable(logits[sure], iou[sure], number, plan, (mask_logit, options))
     return GridCandidates(points, np.concatenate(predicted), tuple(candidates))
 
 

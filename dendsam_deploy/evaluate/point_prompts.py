@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 PROMPTS_PER_CALL = 16
 """On a CPU. A prompt costs ViT-B's decoder 20 MB while the call lasts, and larger batches are not faster."""
 
+FIRST_ALTERNATIVE = 1
+"""From this mask on the decoder's masks answer a single click; the one before answers several."""
+
 OBJECT, BESIDE = 1, 0
 """Labels of points, as in the contract of the graph."""
 
@@ -131,7 +134,7 @@ def innermost_pixel(mask: NDArray[np.bool_]) -> tuple[int, int]:
 
 
 def decode_clicks(clicks: Clicks, embeddings: Embeddings, decoder: Runner, plan: TilePlan) -> Masks:
-    """Decode clicks; of the three masks of each object the one of the highest predicted IoU is taken.
+    """Decode clicks: several by the mask that is meant for them, one by the most confident of the other three.
 
     Parameters
     ----------
@@ -157,7 +160,9 @@ def decode_clicks(clicks: Clicks, embeddings: Embeddings, decoder: Runner, plan:
         some = order[start : start + prompts_per_call(decoder)]
         points = points_in_tiles(clicks.points_xy[some], clicks.tile_index[some], plan)
         outputs = run_points(decoder, embeddings, points, clicks.labels[some], clicks.tile_index[some])
-        best = outputs.iou.argmax(axis=1)
+        best = np.zeros(len(some), np.intp)
+        if clicks.points_xy.shape[1] == 1:
+            best = FIRST_ALTERNATIVE + outputs.iou[:, FIRST_ALTERNATIVE:].argmax(axis=1)
         for row, index in enumerate(some.tolist()):
             logits[index] = outputs.logits[row, best[row]].copy()
         predicted_iou[some] = outputs.iou[np.arange(len(some)), best]
@@ -167,7 +172,7 @@ def decode_clicks(clicks: Clicks, embeddings: Embeddings, decoder: Runner, plan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PointOutputs:
-    """What the decoder for points returns: logits float32 (n, 3, S/4, S/4) and predicted IoU float32 (n, 3)."""
+    """What the decoder for points returns: logits float32 (n, 4, S/4, S/4) and predicted IoU float32 (n, 4)."""
 
     logits: NDArray[np.float32]
     iou: NDArray[np.float32]

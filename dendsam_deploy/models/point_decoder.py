@@ -1,15 +1,17 @@
-"""SAM's decoder for clicks as a deployable graph: several points of an object, in it or beside it, give three masks.
+"""SAM's decoder for clicks as a deployable graph: several points of an object, in it or beside it, give four masks.
 
-The graph equals ``SamPredictor.predict_torch(point_coords, point_labels, multimask_output=True)`` to rounding, for the
-same points and labels. It shares the two-way transformer of `box_decoder`; what differs from a box is that
+The graph equals ``SamPredictor.predict_torch(point_coords, point_labels, multimask_output=...)`` to rounding, for the
+same points and labels: its first mask without multimask output, the others with it. It shares the two-way transformer
+of `box_decoder`; what differs from a box is that
 
 - points that belong to the object, points that do not, and padding have embeddings of their own, and padding has no
   position;
 - without a box segment_anything appends one point of padding to every prompt. The graph does so, too: nothing has to be
   appended by the caller. Further padding takes part in attention, there as here, so prompts with different numbers of
   points equal single predictions only where each number has a call of its own;
-- mask tokens 1 to 3 are read, whose masks are meant as the whole, a part and a smaller part. Whoever wants one takes
-  that of the highest predicted IoU;
+- all mask tokens are read. Token 0 answers what several points, which are clear together, ask for. Tokens 1 to 3 answer
+  a single point, of which nobody knows whether it means the whole, a part or a smaller part: whoever wants one mask
+  takes that of the highest predicted IoU;
 - where the object ends is not known beforehand, so that masks cover the whole grid.
 
 References
@@ -32,8 +34,8 @@ from dendsam_deploy.models.box_decoder import BoxDecoderGraph
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
-MASKS_PER_PROMPT = 3
-"""Masks that a click gives: SAM's multimask output."""
+MASKS_PER_PROMPT = 4
+"""Masks that a prompt gives: SAM's single mask, then its multimask output."""
 
 _BESIDE, _INSIDE = 0, 1
 """Labels of points, and their places in the prompt encoder's list of embeddings; -1 is padding."""
@@ -68,18 +70,16 @@ class PointDecoderGraph(nn.Module):
 
         Returns
         -------
-        logits : Tensor, shape (n, 3, S/4, S/4), float32
-            Logits of the three masks.
-        iou : Tensor, shape (n, 3), float32
+        logits : Tensor, shape (n, 4, S/4, S/4), float32
+            Logits of the masks.
+        iou : Tensor, shape (n, 4), float32
             Their predicted IoU.
         """
         decoded = self.decoder.decode_prompts(embeddings, self._tokens(points, labels), tile_index)
         perceptrons = self.decoder.mask_decoder.output_hypernetworks_mlps
-        kernels = torch.stack(
-            [perceptrons[token](decoded.masks[:, token]) for token in range(1, MASKS_PER_PROMPT + 1)], dim=2
-        )
+        kernels = torch.stack([perceptrons[token](decoded.masks[:, token]) for token in range(MASKS_PER_PROMPT)], dim=2)
         cells = torch.unflatten(decoded.image, 1, (self.decoder.grid, self.decoder.grid))
-        return self.decoder.alternative_logits(cells, kernels), decoded.iou[:, 1:]
+        return self.decoder.alternative_logits(cells, kernels), decoded.iou
 
     def _tokens(self, points: Tensor, labels: Tensor) -> Tensor:
         """Return the tokens ``(n, p + 1, C)`` of points, the padding that segment_anything appends included."""

@@ -85,7 +85,7 @@ def decode_boxes(sam: Sam, embeddings: Tensor, boxes: Tensor, tile_index: Tensor
 def decode_points(
     sam: Sam, embeddings: Tensor, points: Tensor, labels: Tensor, tile_index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return what ``SamPredictor.predict_torch(point_coords, point_labels, multimask_output=True)`` returns.
+    """Return what ``SamPredictor.predict_torch(point_coords, point_labels)`` returns without and with multimask output.
 
     Parameters
     ----------
@@ -102,18 +102,20 @@ def decode_points(
 
     Returns
     -------
-    logits : Tensor, shape (n, 3, S/4, S/4), float32
-    iou : Tensor, shape (n, 3), float32
+    logits : Tensor, shape (n, 4, S/4, S/4), float32
+    iou : Tensor, shape (n, 4), float32
     """
     predictor = SamPredictor(sam)
     predictor.original_size = predictor.input_size = (sam.image_encoder.img_size,) * 2
     predictor.is_image_set = True
     side = embeddings.shape[-1] * EMBEDDING_STRIDE_PX // LOGIT_STRIDE_PX
-    logits, iou = embeddings.new_zeros(points.shape[0], 3, side, side), embeddings.new_zeros(points.shape[0], 3)
+    logits, iou = embeddings.new_zeros(points.shape[0], 4, side, side), embeddings.new_zeros(points.shape[0], 4)
     for number, tile in enumerate(tile_index.tolist()):
         predictor.features = embeddings[tile : tile + 1]
         one = slice(number, number + 1)
-        _, iou[one], logits[one] = predictor.predict_torch(points[one], labels[one], multimask_output=True)
+        for masks, multimask in ((slice(0, 1), False), (slice(1, 4), True)):
+            answer = predictor.predict_torch(points[one], labels[one], multimask_output=multimask)
+            _, iou[one, masks], logits[one, masks] = answer
     return logits, iou
 
 

@@ -141,8 +141,8 @@ def with_clicks() -> StoredReference:
         points=rng.uniform(0, SIZE, (4, 2, 2)).astype(np.float32),
         labels=rng.integers(-1, 2, (4, 2)),
         tile_index=np.array([0, 1, 1, 0]),
-        logits=rng.normal(size=(4, 3, 16, 16)).astype(np.float32),
-        iou=rng.uniform(size=(4, 3)).astype(np.float32),
+        logits=rng.normal(size=(4, 4, 16, 16)).astype(np.float32),
+        iou=rng.uniform(size=(4, 4)).astype(np.float32),
     )
     return dataclasses.replace(reference(), points=clicks)
 

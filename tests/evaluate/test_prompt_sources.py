@@ -46,15 +46,15 @@ def disc_labels(discs=DISCS):
 
 
 def decode_discs(inputs):
-    """Three discs around the first point, of radius 5, 9 and 14 px; a point beside the object halves the radius."""
+    """Discs around the first point, of radius 11 for several and 5, 9, 14 for one; a point beside halves the radius."""
     count, side = len(inputs["points"]), TILE // 4
     y, x = ((np.arange(side) + 0.5) * 4 for _ in range(2))
-    logits = np.zeros((count, 3, side, side), np.float32)
+    logits = np.zeros((count, 4, side, side), np.float32)
     for row, (points, labels) in enumerate(zip(inputs["points"], inputs["labels"], strict=True)):
         distance = np.hypot(y[:, None] - points[0, 1] - 0.5, x[None] - points[0, 0] - 0.5)
-        for mask, radius in enumerate((5, 9, 14)):
+        for mask, radius in enumerate((11, 5, 9, 14)):
             logits[row, mask] = radius / (2 if (labels == 0).any() else 1) - distance
-    return {"logits": logits, "iou": np.tile(np.array([0.5, 0.9, 0.7], np.float32), (count, 1))}
+    return {"logits": logits, "iou": np.tile(np.array([0.95, 0.5, 0.9, 0.7], np.float32), (count, 1))}
 
 
 @pytest.fixture
@@ -138,16 +138,22 @@ def test_clicks_are_decoded_as_segment_anything_does():
     labels = np.array([[1, 0], [1, 1], [0, 1]])
     tile_index = np.array([0, 1, 0])
     clicks = Clicks((pixels + 0.5).astype(np.float32), labels, tile_index)
-    found = decode_clicks(clicks, Embeddings(values.numpy(), np.arange(2)), CallableRunner(spec, decode), plan)
+    embeddings, runner = Embeddings(values.numpy(), np.arange(2)), CallableRunner(spec, decode)
+    found = decode_clicks(clicks, embeddings, runner, plan)
+    first = Clicks(clicks.points_xy[:, :1], labels[:, :1], tile_index)
+    single = decode_clicks(first, embeddings, runner, plan)
     predictor = SamPredictor(sam)
     predictor.original_size = predictor.input_size = (128, 128)
     predictor.is_image_set = True
     for row, tile in enumerate(tile_index.tolist()):
         predictor.features = values[tile : tile + 1]
         inside = pixels[row] - [tiles[tile].read.x0, tiles[tile].read.y0]
-        _, iou, logits = predictor.predict(inside.astype(float), labels[row], multimask_output=True)
-        np.testing.assert_allclose(found.logits[row], logits[iou.argmax()], atol=1e-3 * logits.std())
-        assert found.predicted_iou[row] == pytest.approx(iou.max(), abs=1e-5)
+        for count, masks in ((2, found), (1, single)):
+            _, iou, logits = predictor.predict(
+                inside[:count].astype(float), labels[row][:count], multimask_output=count == 1
+            )
+            np.testing.assert_allclose(masks.logits[row], logits[iou.argmax()], atol=1e-3 * logits.std())
+            assert masks.predicted_iou[row] == pytest.approx(iou.max(), abs=1e-5)
 
 
 def test_boxes_of_masks_are_exact_to_a_cell(bench):

@@ -40,8 +40,8 @@ def predicted(sam, embedding, points, labels):
     predictor = SamPredictor(sam)
     predictor.features, predictor.is_image_set = embedding[None], True
     predictor.original_size = predictor.input_size = (sam.image_encoder.img_size,) * 2
-    _, iou, logits = predictor.predict_torch(points, labels, multimask_output=True)
-    return logits, iou
+    answers = [predictor.predict_torch(points, labels, multimask_output=several) for several in (False, True)]
+    return torch.cat([logits for _, _, logits in answers], 1), torch.cat([iou for _, iou, _ in answers], 1)
 
 
 @torch.no_grad()
@@ -87,8 +87,8 @@ def test_a_trained_model():
 def test_no_prompts(sam, embeddings):
     none = torch.zeros(0, dtype=torch.int64)
     logits, iou = PointDecoderGraph(sam)(embeddings, torch.zeros(0, 2, 2), none.reshape(0, 2), none)
-    assert logits.shape == (0, 3, SMALL // 4, SMALL // 4)
-    assert iou.shape == (0, 3)
+    assert logits.shape == (0, 4, SMALL // 4, SMALL // 4)
+    assert iou.shape == (0, 4)
 
 
 @torch.no_grad()
