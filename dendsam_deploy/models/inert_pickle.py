@@ -109,8 +109,7 @@ def read_pickle(
     persistent : callable, optional
         Makes an object of a persistent identifier; by default such an object becomes a placeholder.
     seen : set of str, optional
-        Gets every name as it is met: where a pickle breaks off, what it names before is carried out elsewhere all the
-        same. The names of the result are all of these.
+        Gets every name as it is met: what a pickle names before it breaks off is called elsewhere all the same.
 
     Raises
     ------
@@ -371,7 +370,6 @@ _WITH_ARGUMENT: dict[str, Callable[[_Machine, Any], None]] = {
     "EXT2": _Machine.extension,
     "EXT4": _Machine.extension,
 }
-
 
 _WITHOUT_ARGUMENT: dict[str, Callable[[_Machine], None]] = {
     "MARK": _Machine.mark,

@@ -32,7 +32,7 @@ from dendsam_deploy.errors import (
     MissingCapabilityError,
     StorageError,
 )
-from dendsam_deploy.models.tensor_file import sha256_of
+from dendsam_deploy.models.tensor_file import looks_like_checkpoint, sha256_of
 from dendsam_deploy.progress import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ def fetch(entry: KnownWeights, folder: Path, options: DownloadOptions) -> Path:
         size = "" if entry.size_bytes is None else f", {entry.size_bytes / 1e6:,.0f} MB"
         options.tell(f"fetching {entry.name}{size} from {origin.url} (licence: {origin.licence}) into {target}")
         _pull(target, origin, noted, options)
+        if not noted and not origin.digest:
+            _require_checkpoint(target, origin)
         found = sha256_of(target)
         if not noted and not entry.digest.startswith("sha256:"):
             write_text(_note(target), f"{found}  {target.name}\n")
@@ -164,6 +166,17 @@ def _origin(entry: KnownWeights, options: DownloadOptions) -> Origin:
         case _:
             licence = entry.licence
     return Origin(f"{page}/files/{quote(fitting[0])}?download=1", digest, licence)
+
+
+def _require_checkpoint(target: Path, origin: Origin) -> None:
+    """Raise where no digest tells what arrived and it is no checkpoint: a page of a proxy, or a part of the file."""
+    if not looks_like_checkpoint(target):
+        size = target.stat().st_size
+        target.unlink()
+        raise CheckpointError(
+            f"{origin.url}: what arrived ({size:,} bytes) is no checkpoint and was deleted; look at the address in a "
+            "browser, and give the path of what you download there"
+        )
 
 
 def _pull(target: Path, origin: Origin, noted: str, options: DownloadOptions) -> None:

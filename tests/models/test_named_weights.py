@@ -26,7 +26,7 @@ from dendsam_deploy.models.named_weights import KnownWeights, cache_folder, know
 from dendsam_deploy.models.weights import load_sam
 from dendsam_deploy.models.weights_download import DownloadOptions, fetch
 
-CONTENT = bytes(range(256)) * 20_000  # 5 MB: several chunks
+CONTENT = b"\x80\x02" + bytes(range(256)) * 20_000  # 5 MB: several chunks; it begins as a checkpoint does
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 ENTRY = KnownWeights("some_sam", "sam", "vit_b", "CC0-1.0", "nobody", file="some.pth", digest=f"sha256:{SHA256}")
 
@@ -284,6 +284,12 @@ class TestDigestsOfOthers:
         assert f"noted {SHA256} on first use" in told[-1]
         assert fetch(entry, tmp_path, options) == path
         assert len(server.requests) == 1
+
+    def test_a_page_in_place_of_the_file_is_not_kept(self, server, options, tmp_path):
+        server.content = b"<html>please log in</html>"
+        with pytest.raises(CheckpointError, match=r"what arrived \(26 bytes\) is no checkpoint and was deleted"):
+            fetch(dataclasses.replace(ENTRY, digest=""), tmp_path, options)
+        assert not list(tmp_path.glob("some.pth*"))
 
     def test_what_was_noted_must_not_change(self, server, options, tmp_path):
         entry = dataclasses.replace(ENTRY, digest="")
