@@ -42,6 +42,7 @@ HEADINGS = {
 @SETTINGS.option("--start", "start", PATH, "YOLO checkpoint, or an architecture such as yolo11n.yaml, to start from.")
 @SETTINGS.flag("--from-scratch", "from_scratch", "Start from random weights of that architecture.")
 @SETTINGS.option("--image-size", "tile_size_px", int, "Side of the tiles, px.")
+@SETTINGS.option("--min-object", "min_object_px", click.FloatRange(0), "Least area of an object, slice px.")
 @SCHEDULE.option("--minutes", "minutes", POSITIVE, "Longest training time; none where --epochs is given alone.")
 @SCHEDULE.option("--epochs", "epochs", COUNT, "Most epochs; without --minutes the seed decides all.")
 @SCHEDULE.option("--patience", "patience", COUNT, "Epochs in a row without a better one after which to stop early.")

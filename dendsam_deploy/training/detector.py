@@ -202,7 +202,7 @@ def finetune_detector(
     earlier_s = folder.open(resume=options.resume)
     started -= earlier_s
     try:
-        with open_sources(volumes, options, options.tile_size_px) as sources:
+        with open_sources(volumes, options, options.tile_size_px, options.min_object_px) as sources:
             data = _write_training_set(sources, options, folder.path)
     except DendsamError:
         if not earlier_s:

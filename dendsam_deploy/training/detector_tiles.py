@@ -9,7 +9,6 @@ import numpy as np
 
 from dendsam_deploy.errors import StorageError
 from dendsam_deploy.training.samples import (
-    MIN_OBJECT_PX,
     Tile,
     TileRecipe,
     deployed_tiles,
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from dendsam_deploy.training.samples import LabelledVolume
     from dendsam_deploy.training.source import TrainingSource
 
 
@@ -155,7 +155,7 @@ def training_tiles(sources: Sequence[TrainingSource], count: int, seed: int) -> 
     for number in range(count):
         rng = np.random.default_rng([seed, number])
         source = sources[int(rng.choice(len(sources), p=weights / weights.sum()))]
-        yield TileAt(random_tile(source.train, source.recipe, rng), least_area_px(source.recipe))
+        yield TileAt(random_tile(source.train, source.recipe, rng), least_area_px(source.train, source.recipe))
 
 
 def held_out_tiles(sources: Sequence[TrainingSource], most: int) -> list[TileAt]:
@@ -168,14 +168,15 @@ def held_out_tiles(sources: Sequence[TrainingSource], most: int) -> list[TileAt]
     for source, volume in judged:
         per_slice = len(deployed_tiles(volume[volume.slices[0]], source.recipe))
         for z in spread_slices(volume, max(1, most // len(judged) // per_slice)):
+            least_px = least_area_px(volume, source.recipe)
             for number, tile in enumerate(deployed_tiles(volume[z], source.recipe)):
-                chosen.append(TileAt(tile, least_area_px(source.recipe), f"{source.name}, slice {z}, tile {number}"))
+                chosen.append(TileAt(tile, least_px, f"{source.name}, slice {z}, tile {number}"))
     return chosen
 
 
-def least_area_px(recipe: TileRecipe) -> float:
+def least_area_px(volume: LabelledVolume, recipe: TileRecipe) -> float:
     """Return the least area, tile px, of an object to learn: half of the smallest one, which a border may have cut."""
-    return MIN_OBJECT_PX * recipe.zoom**2 / 2
+    return max(volume.least_px * recipe.zoom**2 / 2, 1.0)
 
 
 def _yolo_lines(boxes_xyxy: NDArray[np.float32], tile_size_px: int) -> str:

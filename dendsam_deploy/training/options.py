@@ -142,6 +142,8 @@ class DetectorTrainingOptions(DataOptions):
         Start from random weights of that architecture, `DEFAULT_ARCHITECTURE` where none is named.
     tile_size_px : int
         Side of the tiles, model px; a multiple of 32.
+    min_object_px : float
+        Least area of an object, slice px.
     resume : bool
         Go on with an interrupted training of the same settings, if there is one.
     schedule : DetectorSchedule
@@ -152,11 +154,14 @@ class DetectorTrainingOptions(DataOptions):
     start: Path | None = None
     from_scratch: bool = False
     tile_size_px: int = default_image_size("tiny")
+    min_object_px: float = 25.0
     resume: bool = True
     schedule: DetectorSchedule = field(default_factory=DetectorSchedule)
 
     def __post_init__(self) -> None:
         DataOptions.__post_init__(self)
+        if not 0 <= self.min_object_px < math.inf:
+            raise InvalidArgumentError(f"the least object is {self.min_object_px} px, expected 0 or more")
         if self.tile_size_px < 64 or self.tile_size_px % 32:
             raise InvalidArgumentError(
                 f"tiles of {self.tile_size_px} px do not suit YOLO; choose a multiple of 32 from 64 on"

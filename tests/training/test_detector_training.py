@@ -168,6 +168,14 @@ def test_volumes_give_tiles_in_proportion_to_their_weights(volume):
     assert 0.63 < (areas == 50.0).mean() < 0.87
 
 
+def test_the_least_object_is_the_one_asked_for(volume, small):
+    options = dataclasses.replace(small, min_object_px=1e6, augment="none")
+    with pytest.raises(VolumeError, match="no object of 1e\\+06 px or more"):
+        finetune_detector(*volume, options)
+    with pytest.raises(InvalidArgumentError, match="the least object is -1"):
+        dataclasses.replace(small, min_object_px=-1.0)
+
+
 @pytest.fixture(scope="module")
 def trained(volume, tmp_path_factory):
     """One training of one epoch: its folder, its result and what it reported."""
