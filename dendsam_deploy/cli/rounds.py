@@ -16,6 +16,7 @@ from dendsam_deploy.cli.options import (
     json_option,
     output_option,
 )
+from dendsam_deploy.errors import InvalidArgumentError
 from dendsam_deploy.models.architectures import MODEL_TYPES
 
 if TYPE_CHECKING:
@@ -97,6 +98,10 @@ def rounds(context: click.Context, volume: Path, labels: Path, *, out: Path, jso
         given.setdefault("minutes", None)
     criteria = MaskCriteria(**CRITERIA.given(context))
     wishes = SETTINGS.given(context)
+    if "wanted_precision" in wishes and "calibration_slices" not in wishes:
+        raise InvalidArgumentError(
+            "a precision is measured on labelled slices that do not train: name some with --calibration-slices"
+        )
     options = RoundsOptions(out=out, schedule=SamTrainingOptions(**given), criteria=criteria, **wishes)
     with console.progress() as progress:
         result = run_rounds(volume, labels, options, told(console, progress))

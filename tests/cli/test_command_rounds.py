@@ -12,6 +12,7 @@ pytest.importorskip("torch", reason="rounds train")
     [
         ([], 2, "Missing option '-o'"),
         (["-o", "out", "--rounds", "0"], 2, "--rounds"),
+        (["-o", "out", "--wanted-precision", "0.9"], 2, "name some with --calibration-slices"),
         (["-o", "out", "--held-out-slices", "2:9"], 2, "do not lie in a volume of 4 slices"),
         (["-o", "out"], 2, "no slice is left for the role unlabelled"),
         (["-o", "out", "--labelled-slices", "0:2", "--held-out-slices", "2:4"], 2, "lie within 2 of the held-out"),
