@@ -97,9 +97,9 @@ def change_text(change: RelativeChange | None) -> str:
     return "" if change is None or change.percent is None else f"{change.percent:+.1f} %"
 
 
-def _change_interval(change: RelativeChange | None) -> str:
-    """Write the interval of a relative change; nothing where there is none."""
-    return "" if change is None or change.low is None else f"{change.low:+.1f} to {change.high:+.1f}"
+def _change_interval(change: RelativeChange | None) -> tuple[str, ...]:
+    """Write the ends of the interval of a relative change; nothing where there is none."""
+    return () if change is None or change.low is None else (f"{change.low:+.1f}", f"{change.high:+.1f}")
 
 
 def _size_table(comparison: Comparison, bundle: str) -> list[tuple[str, str, SizeClass]]:
@@ -113,14 +113,14 @@ def _size_table(comparison: Comparison, bundle: str) -> list[tuple[str, str, Siz
     return [line[1:] for line in sorted(table, key=lambda line: line[0])]
 
 
-def _table(comparison: Comparison, bundle: str) -> list[tuple[str, ComparisonRow, list[dict[str, str]]]]:
+def _table(comparison: Comparison, bundle: str) -> list[tuple[str, ComparisonRow, list[dict[str, object]]]]:
     """Return title, row and cells of one bundle."""
     table = []
     for row in comparison.rows:
         if row.bundle != bundle:
             continue
         values = asdict(row.report.slices)
-        cells = [
+        cells: list[dict[str, object]] = [
             {
                 "value": f"{values[name]:.3f}",
                 "interval": interval_text(row.report.intervals.slices.get(name)).replace(" to ", "–"),
