@@ -32,7 +32,6 @@ from dendsam_deploy.volume.open import open_labels
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from dendsam_deploy.metrics.size_classes import SizeClass
     from dendsam_deploy.volume.volume import VolumeInfo, VolumeReader
 
 _SLICE_STRIDE = 2**32
@@ -172,7 +171,14 @@ class ScoreTally:
             segments_left_out=len(np.setdiff1d(everything.segment, total.segment)),
             intervals=resampled_intervals([row.scores for row in self.per_slice], blocks, options),
             size_classes=SizeClasses(
-                _by_size(profiles, options.size_limits_px), () if options.as_2d else _by_size(objects, ())
+                score_size_classes(
+                    profiles,
+                    options.size_limits_px or tercile_limits(profiles.truth_sizes),
+                    self._profiles,
+                    options.resamples,
+                    options.seed,
+                ),
+                () if options.as_2d else score_size_classes(objects, tercile_limits(objects.truth_sizes)),
             ),
             accuracy=AccuracyCurve(
                 ACCURACY_THRESHOLDS,
@@ -191,11 +197,6 @@ class ScoreTally:
             shown_z = self._largest[own_id][1] if z is None else z
             rows.append(ObjectRow(z, own_id, voxels, segment_id % _SLICE_STRIDE or None, best, shown_z))
         return rows
-
-
-def _by_size(matches: ObjectMatches, limits_px: tuple[int, ...]) -> tuple[SizeClass, ...]:
-    """Score objects by size, with given limits or with the terciles of the truth."""
-    return score_size_classes(matches, limits_px or tercile_limits(matches.truth_sizes))
 
 
 def _chosen_slices(labels: VolumeInfo, truth: VolumeInfo, options: EvaluateOptions) -> range:

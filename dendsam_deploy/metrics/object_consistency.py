@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from dendsam_deploy.metrics.overlaps import ObjectOverlaps
 
 
@@ -56,11 +58,17 @@ def object_consistency(overlaps: ObjectOverlaps) -> ObjectConsistency:
     return ObjectConsistency(e_gs=_directed_error(overlaps), e_sg=_directed_error(overlaps.transposed()))
 
 
-def _directed_error(overlaps: ObjectOverlaps) -> float:
-    """Compute E_gs; both sides have objects."""
+def object_errors(overlaps: ObjectOverlaps) -> NDArray[np.float64]:
+    """Return what each object of the truth contributes to E_gs: the bracket of `object_consistency`, shape (T,)."""
     count = len(overlaps.truth_ids)
     weight = overlaps.segment_voxels[overlaps.pair_segment].astype(np.float64)
     weighted_iou = np.bincount(overlaps.pair_truth, weight * overlaps.iou, count)
     weight_sum = np.bincount(overlaps.pair_truth, weight, count)
     agreement = np.divide(weighted_iou, weight_sum, out=np.zeros(count), where=weight_sum > 0)
-    return float(np.average(1.0 - agreement, weights=overlaps.truth_voxels))
+    errors: NDArray[np.float64] = 1.0 - agreement
+    return errors
+
+
+def _directed_error(overlaps: ObjectOverlaps) -> float:
+    """Compute E_gs; both sides have objects."""
+    return float(np.average(object_errors(overlaps), weights=overlaps.truth_voxels))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dendsam_deploy.durable import storage_errors, write_text
 from dendsam_deploy.errors import InvalidArgumentError
@@ -53,7 +53,7 @@ def write_score_tables(folder: Path, report: ScoreReport) -> tuple[Path, ...]:
             )
         ],
         "size_classes.csv": [
-            {"of": name, **size_class_document(row, report.voxel_size_nm, axes)}
+            {"of": name, **_flat(size_class_document(row, report.voxel_size_nm, axes))}
             for name, rows, axes in (
                 ("slices", report.size_classes.slices, 2),
                 ("volume", report.size_classes.volume, 3),
@@ -64,6 +64,14 @@ def write_score_tables(folder: Path, report: ScoreReport) -> tuple[Path, ...]:
     for name, rows in tables.items():
         write_text(folder / name, csv_text(rows))
     return tuple(folder / name for name in tables)
+
+
+def _flat(document: dict[str, Any]) -> dict[str, Any]:
+    """Write the intervals of a size class into columns of their own."""
+    intervals = document.pop("intervals")
+    for name, ends in intervals.items():
+        document |= dict(zip((f"{name}_low", f"{name}_high"), ends, strict=True))
+    return document
 
 
 def csv_text(rows: Iterable[Mapping[str, object]]) -> str:

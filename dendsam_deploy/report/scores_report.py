@@ -128,15 +128,22 @@ def interval_text(bounds: Bounds | None) -> str:
     return "" if bounds is None else " to ".join(f"{end:.3f}".removeprefix("0") for end in bounds)
 
 
-def _size_tables(report: ScoreReport) -> list[tuple[str, list[tuple[str, SizeClass]]]]:
-    """Return title, and limits in words with the scores of each class, for 2-D objects and for those of the volume."""
+def _span(bounds: Bounds) -> str:
+    """Write an interval where there is little room."""
+    return interval_text(bounds).replace(" to ", "–")
+
+
+def _size_tables(report: ScoreReport) -> list[tuple[str, list[tuple[str, SizeClass, dict[str, str]]]]]:
+    """Return title, and limits, scores and intervals of each class, for 2-D objects and for those of the volume."""
     tables = []
     for title, classes, axes in (
         ("2-D objects by size", report.size_classes.slices, 2),
         ("Objects of the volume by size", report.size_classes.volume, 3),
     ):
         if classes:
-            tables.append((title, [(size_text(row, report.voxel_size_nm, axes), row) for row in classes]))
+            ends = [{name: _span(bounds) for name, bounds in row.intervals.items()} for row in classes]
+            words = [size_text(row, report.voxel_size_nm, axes) for row in classes]
+            tables.append((title, list(zip(words, classes, ends, strict=True))))
     return tables
 
 

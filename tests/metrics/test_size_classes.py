@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dendsam_deploy.metrics.bootstrap import bootstrap_weights
 from dendsam_deploy.metrics.contingency import ContingencyTable
 from dendsam_deploy.metrics.overlaps import ObjectOverlaps
 from dendsam_deploy.metrics.size_classes import ObjectMatches, score_size_classes, tercile_limits
@@ -46,6 +47,9 @@ def is_all_of_it(truth, found):
     expected = score_objects(ContingencyTable.from_labels(truth, found))
     for name in ("pq", "sq", "dq", "s_inst", "msa", "sa50", "sa75"):
         assert getattr(everything, name) == pytest.approx(getattr(expected, name)), name
+    if truth.any() and found.any():
+        for name in ("e_gs", "e_sg", "oce"):
+            assert getattr(everything, name) == pytest.approx(getattr(expected, name)), name
 
 
 def test_one_class_is_the_score_of_all_objects():
@@ -61,6 +65,36 @@ def test_half_an_overlap_counts_for_accuracy_and_not_for_panoptic_quality():
     truth, found = np.array([[1] * 8]), np.array([[1] * 4 + [0] * 4])
     (only,) = score_size_classes(matches(truth, found), ())
     assert (only.found, only.extra_segments, only.pq, only.dq, only.sa50) == (0, 1, 0, 0, 1)
+
+
+def test_intervals_are_those_of_slices_drawn_and_scored_anew():
+    rng = np.random.default_rng(3)
+    slices = []
+    for _ in range(5):
+        truth = np.kron(rng.integers(0, 12, (6, 8)), np.ones((3, 3), int))
+        slices.append(matches(truth, np.where(rng.random(truth.shape) < 0.75, truth, rng.integers(0, 20, truth.shape))))
+    pooled, limits = ObjectMatches.pooled(slices), (20,)
+    found = score_size_classes(pooled, limits, slices, resamples=40, seed=9)
+    drawn = []
+    for weights in bootstrap_weights(5, 40, 9):
+        several = [one for one, weight in zip(slices, weights, strict=True) for _ in range(weight)]
+        drawn.append(score_size_classes(ObjectMatches.pooled(several), limits))
+    for number, row in enumerate(found):
+        assert row.intervals.keys() >= {"pq", "s_inst", "e_gs", "e_sg", "oce", "mean_best_iou"}
+        for name, ends in row.intervals.items():
+            values = np.array([getattr(each[number], name) for each in drawn], float)
+            assert ends == pytest.approx(tuple(np.quantile(values, (0.025, 0.975)))), name
+    assert score_size_classes(pooled, limits)[0].intervals == {}
+
+
+def test_errors_of_a_class_are_those_of_its_objects_and_of_its_segments():
+    """The small object is missed; the large one is cut in two halves of eight."""
+    truth = np.array([[1] * 16 + [0] + [2] * 2])
+    found = np.array([[3] * 8 + [4] * 8 + [0] * 3])
+    small, large = score_size_classes(matches(truth, found), (10,))
+    assert (small.e_gs, small.e_sg) == (1, pytest.approx(0.5))  # both halves are small
+    assert small.oce == pytest.approx(0.5)
+    assert (large.e_gs, large.e_sg, large.oce) == (pytest.approx(0.5), None, pytest.approx(0.5))
 
 
 def test_slices_are_pooled():
