@@ -30,7 +30,7 @@ def sam():
 
 
 def planned(sam, **changes):
-    return plan_training(sam, dataclasses.replace(OPTIONS, **changes), is_young=True)
+    return plan_training(sam, dataclasses.replace(OPTIONS, **changes), is_young=False)
 
 
 class TestMemory:

@@ -164,7 +164,7 @@ class TestBatches:
     def test_small_objects_are_left_out(self):
         labels = np.zeros((2, 64, 64), np.uint32)
         labels[:, 10:14, 10:14], labels[:, 30:50, 30:50] = 1, 2
-        volume = LabelledVolume(ArrayVolume(labels.astype(np.uint8)), ArrayVolume(labels), range(2))
+        volume = LabelledVolume(ArrayVolume(labels.astype(np.uint8)), ArrayVolume(labels), range(2), least_px=1)
         source = TrainingSource(volume, volume, TileRecipe(64, 1.0, 0.0, 0.0))
         counts = {}
         for least in (1, 100):
