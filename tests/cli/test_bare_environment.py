@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import run_python
+from command_outcome import run_python
 
 TRAINING_PACKAGES = ["torch", "torchvision", "segment_anything", "ultralytics", "timm", "onnx", "onnxscript"]
 

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 
 import pytest
-from conftest import run_python
+from command_outcome import run_python
 
 
 def test_volume(run, discs) -> None:

@@ -9,7 +9,7 @@ import sys
 
 import click
 import pytest
-from conftest import run_python
+from command_outcome import run_python
 
 from dendsam_deploy import errors
 from dendsam_deploy.cli import main as program_module
