@@ -106,7 +106,7 @@ class MaskCriteria:
 
 def _told_apart(value: float, least: float) -> str:
     """Write both numbers with as many decimals as it takes to see that they differ, at least two."""
-    decimals = next(d for d in range(2, 18) if f"{value:.{d}f}" != f"{least:.{d}f}")
+    decimals = next((d for d in range(2, 17) if f"{value:.{d}f}" != f"{least:.{d}f}"), 17)
     return f"{value:.{decimals}f} < {least:.{decimals}f}"
 
 

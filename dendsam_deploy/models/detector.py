@@ -43,8 +43,8 @@ os.environ.update(
 )
 _OMP_NUM_THREADS = os.environ.get("OMP_NUM_THREADS")
 import ultralytics  # noqa: E402 - after the environment that it reads
-from ultralytics.nn import tasks  # noqa: E402
-from ultralytics.nn.modules import OBB, Conv, Detect  # noqa: E402
+from ultralytics.nn import tasks  # noqa: E402 - likewise
+from ultralytics.nn.modules import OBB, Conv, Detect  # noqa: E402 - likewise
 
 if _OMP_NUM_THREADS is None:
     os.environ.pop("OMP_NUM_THREADS", None)  # ultralytics sets it to 1, for every process started from here as well

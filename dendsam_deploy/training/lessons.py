@@ -166,8 +166,9 @@ class IterativeLesson:
                 multimask = turn == 0 and batch.use_points
                 answer = self.decoder(embeddings, tile_index[index], some, multimask=multimask)
                 fine = _upsampled(answer.logits)
-                answers[index] = answer.likeliest(answer.logits)
-                masks[rows] = (answer.likeliest(fine) > 0).cpu().numpy()
+                if turn + 1 < self.rounds:  # nothing follows the last answer
+                    answers[index] = answer.likeliest(answer.logits)
+                    masks[rows] = (answer.likeliest(fine) > 0).cpu().numpy()
                 losses = iterative_losses(fine, target[index], answer.iou)
                 weight = len(rows) / (len(truth) * self.rounds)
                 yield Part((losses.dice + losses.iou_error).mean() * weight, float(losses.iou.mean()), weight)

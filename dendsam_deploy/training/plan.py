@@ -30,7 +30,7 @@ EFFECTIVE_TILES = 4
 """Least tiles that a step of ``boxes`` on a GPU learns from, over several passes where memory is short."""
 
 CPU_OBJECTS_AT_ONCE = 8
-"""Objects that a CPU decodes together in a round of interactive training: more leave its caches and take longer."""
+"""Objects that a CPU decodes together in a round of interactive training: more take memory and are not faster."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,8 +105,9 @@ Where ``published`` differs from what it is named after: weights are chosen, and
 exact boxes at each judgement, there by the Dice loss of mixed prompts after each epoch; tiles are cut and varied as by
 ``boxes``, there slices are scaled to 1024 px; and the instance decoder that micro-sam trains besides, which is no part
 of SAM, is left out. A ``tiny`` learns borders and centres through hints in its place, from fewer objects a step and at
-a lower rate than by ``boxes``; averaged weights are judged and kept. With 25 objects a step costs three times as much,
-and at 4e-4 without an average the first minutes make it worse.
+a lower rate than by ``boxes``; averaged weights are judged and kept. On sections of a nerve cord at 512 px a step of 25
+objects took 12.0 s of CPU time, one of 8 objects 4.6 s; in four minutes of the latter, before there were hints, exact
+boxes came from an IoU of .696 to .765, at 4e-4 without an average to .743.
 
 References
 ----------
